@@ -1,0 +1,1 @@
+"""Other people's checkpoint files, read and written as NumPy arrays without any framework."""

@@ -1,0 +1,5 @@
+"""What OPT is, for every framework: configuration, weights, files, text, decoding rules, reference."""
+
+from opt_core.version import __version__
+
+__all__ = ["__version__"]

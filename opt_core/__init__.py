@@ -1,4 +1,4 @@
-"""What OPT is, for every framework: configuration, weights, files, text, decoding rules, reference."""
+"""What OPT is, for every framework: configuration, weights, files, text, decoding, reference."""
 
 from opt_core.version import __version__
 

@@ -1,0 +1,244 @@
+"""The options of one generation: validated, merged with those of a call, read from files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from opt_core.config.files import read_json
+from opt_core.generation.options import NEUTRAL, OPTIONS, nearest, plain, refuse_unhonoured
+
+GENERATION_FILE = "generation_config.json"
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+class HasTokens(Protocol):
+    """What is read of a model's configuration to generate without a file of options."""
+
+    pad_token_id: int | None
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+
+
+class GenerationConfig:
+    """What is asked of `generate`: lengths, sampling, stop tokens; validated on every assignment.
+
+    `eos_token_id` None never stops early; `temperature`, `top_k`, `top_p`, `min_p` and
+    `repetition_penalty` None (and `top_k` 0) are switched off. Keys of a `generation_config.json`
+    that nobody here knows are kept and written back. An option of transformers that is not
+    honoured raises, unless it holds the value that asks nothing, such as `num_beams=1`.
+
+    Raises:
+        ValueError: a value is not allowed (naming option, value and remedy), or an option is
+            unknown (naming the nearest known one) or not honoured.
+    """
+
+    max_length: int | None
+    max_new_tokens: int | None
+    min_length: int | None
+    min_new_tokens: int | None
+    do_sample: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    num_return_sequences: int
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    bos_token_id: int | None
+    use_cache: bool
+    return_dict_in_generate: bool
+    seed: int | list[int] | None
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__["_extra"] = {}
+        for name, (default, _) in OPTIONS.items():
+            self.__dict__[name] = default
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OPTIONS:
+            value = plain(value)
+            words, holds, _ = OPTIONS[name][1]
+            if not holds(value):
+                raise ValueError(f"generation option {name} is {value!r}; it must be {words}")
+            self.__dict__[name] = value
+        elif name in NEUTRAL:
+            refuse_unhonoured(name, value)
+            self._extra.pop(name, None)
+        elif name.startswith("_") or name in self._extra:
+            self._extra[name] = value
+        else:
+            raise ValueError(f"there is no generation option {name!r}{nearest(name)}")
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("_extra", {})
+        if name in extra:
+            return extra[name]
+        if name in NEUTRAL:
+            return NEUTRAL[name][0]
+        raise AttributeError(f"there is no generation option {name!r}{nearest(name)}")
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens after which a row is finished; none if it goes on to the full length."""
+        stops = self.eos_token_id
+        return () if stops is None else tuple(stops) if isinstance(stops, list) else (stops,)
+
+    @property
+    def fill(self) -> int:
+        """What follows in a row that is finished: the pad id, or else the first stop token."""
+        return next((i for i in (self.pad_token_id, *self.stops) if i is not None), 0)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules that the scores of a step pass through, in the order of transformers' chain.
+
+        "min_new_tokens" stands for `min_length` too (see `Plan.min_new_tokens`).
+        """
+        asks_minimum = bool(self.stops) and bool(self.min_length or self.min_new_tokens)
+        active = {
+            "repetition_penalty": self.repetition_penalty not in (None, 1.0),
+            "min_new_tokens": asks_minimum,
+            "temperature": self.do_sample and self.temperature not in (None, 1.0),
+            "top_k": self.do_sample and bool(self.top_k),
+            "top_p": self.do_sample and self.top_p is not None and self.top_p < 1.0,
+            "min_p": self.do_sample and self.min_p is not None,
+        }
+        return tuple(name for name, is_active in active.items() if is_active)
+
+    def check_honoured(self) -> None:
+        """Refuse what a file asks for and nobody here does.
+
+        Raises:
+            ValueError: naming the option and the value that asks nothing.
+        """
+        for name, value in self._extra.items():
+            if name in NEUTRAL:
+                refuse_unhonoured(name, value)
+
+    def merged(self, **options: Any) -> GenerationConfig:
+        """A new configuration in which the given options replace those of this one.
+
+        An explicit None counts: `eos_token_id=None` never stops. A given length replaces the other
+        way of saying it: `max_length=9` also drops a `max_new_tokens` of this configuration.
+
+        Raises:
+            ValueError: as the constructor; also for what a file asks for and is not honoured.
+        """
+        result = copy.deepcopy(self)
+        for one, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
+            if options.get(one) is not None and options.get(other) is None:
+                result.__dict__[other] = None
+        for name, value in options.items():
+            setattr(result, name, value)
+        result.check_honoured()
+        idle = [n for n in _SAMPLING if options.get(n) is not None and not result.do_sample]
+        if idle:
+            warnings.warn(
+                f"{' and '.join(idle)} changes nothing without do_sample=True", stacklevel=3
+            )
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """From what a `generation_config.json` holds; unknown keys are kept and written back.
+
+        Raises:
+            ValueError: an option that is honoured holds what it may not.
+        """
+        result = cls()
+        for name, value in values.items():
+            if name not in OPTIONS:
+                result._extra[name] = copy.deepcopy(value)
+            elif value is not None or OPTIONS[name][1].holds(None):
+                setattr(result, name, value)
+        return result
+
+    @classmethod
+    def from_model_config(cls, config: HasTokens) -> GenerationConfig:
+        """What a model without a `generation_config.json` generates by: its token ids."""
+        return cls(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
+        **changes: Any,
+    ) -> GenerationConfig:
+        """From a folder, a file or a repository of the hub, with options changed at will.
+
+        Raises:
+            CheckpointNotFound: there is no `generation_config.json`.
+            ValueError: the file or an option is bad; names the file.
+            HubError: the repository cannot be read.
+        """
+        from opt_core import hub
+        from opt_core.checkpoint import CheckpointNotFound
+
+        folder = hub.resolve(
+            source,
+            files=[GENERATION_FILE],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        path = folder / GENERATION_FILE if folder.is_dir() else folder
+        if not path.is_file():
+            raise CheckpointNotFound(
+                f"{path.parent} has no {GENERATION_FILE}; "
+                "GenerationConfig.from_model_config makes one of the model's configuration"
+            )
+        try:
+            result = cls.from_dict(read_json(path))
+        except ValueError as fault:
+            raise ValueError(f"{path}: {fault}") from fault
+        return result.merged(**changes) if changes else result
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `generation_config.json` into a folder, which is made if it is not there."""
+        from opt_core.checkpoint import write_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_file(Path(folder) / GENERATION_FILE, self.to_json_string().encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and the kept keys; `from_dict` reads it back."""
+        values: dict[str, Any] = copy.deepcopy(self._extra)
+        given = {n: self.__dict__[n] for n, (default, _) in OPTIONS.items()}
+        values.update({n: copy.copy(v) for n, v in given.items() if v != OPTIONS[n][0]})
+        return values
+
+    def to_json_string(self) -> str:
+        """What `generation_config.json` holds: sorted keys, ends with a line break."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {self.to_json_string()}"

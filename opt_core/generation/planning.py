@@ -1,0 +1,139 @@
+"""Lengths, stopping and buffers of one generation, decided before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from opt_core.generation.configuration import GenerationConfig
+
+#: What is generated when nobody names a length: this many tokens after the prompt.
+DEFAULT_NEW_TOKENS = 20
+
+Array = TypeVar("Array")
+CacheType = TypeVar("CacheType")
+
+
+class DecodeState(NamedTuple, Generic[Array, CacheType]):
+    """What one step of decoding takes and gives, in every framework.
+
+    P is the width of the prompt, N `Plan.max_new_tokens`, S `Plan.capacity`.
+
+    A step feeds the newest token of every row at its position, appends the token that is chosen
+    from the logits, and stops being asked once every row is finished or `length` is P + N.
+    """
+
+    #: int [B, P + N]: the prompt as given, then what was chosen; `GenerationConfig.fill` where
+    #: nothing is chosen yet, and after the stop token of a row that is finished.
+    tokens: Array
+    #: int []: how many columns of `tokens` are settled; P before the first choice.
+    length: Array
+    #: bool [B]: the row has chosen a stop token.
+    finished: Array
+    #: int [B]: the position (without the table's offset) at which a row's newest token is fed:
+    #: the number of its real tokens before it. Padding, on either side, has no position.
+    positions: Array
+    #: bool [B, S]: the slots of the cache that may be attended to; False for padding and for what
+    #: is not filled yet. Slot i belongs to column i of `tokens`.
+    mask: Array
+    #: Keys and values of the columns that were fed: all but the newest one.
+    cache: CacheType
+
+
+class Plan(NamedTuple):
+    """How far one generation goes, and how much room it takes."""
+
+    #: P: columns of the prompt, padding included.
+    prompt_length: int
+    #: N: the most tokens that are chosen for a row.
+    max_new_tokens: int
+    #: The stop tokens are suppressed for this many steps.
+    min_new_tokens: int
+    #: S: slots of the cache, at least P + N, rounded up so that compiled programs are reused.
+    capacity: int
+
+
+class HasRoom(Protocol):
+    """What is read of a model's configuration to plan."""
+
+    max_position_embeddings: int
+    vocab_size: int
+
+
+def bucket(length: int) -> int:
+    """The next length that programs are compiled for: multiples of 64, coarser above 1024.
+
+    At most an eighth of a long buffer stays empty, and 2048 positions need no more than 24
+    programs.
+    """
+    step = max(64, (1 << (length - 1).bit_length()) // 16)
+    return -(-length // step) * step
+
+
+def plan(
+    generation: GenerationConfig, config: HasRoom, *, prompt_length: int, longest: int
+) -> Plan:
+    """From the options, the width of the prompt and its longest row to the lengths of the run.
+
+    `prompt_length` counts columns, `longest` the real tokens of the row that has most of them.
+    `max_length` and `min_length` count columns, as in transformers. Positions count real tokens,
+    so padding takes none of them: `longest + max_new_tokens` may not exceed
+    `max_position_embeddings`, which gives every token of the result a position, also the last
+    one, that is chosen but not fed. Slots of the cache are no positions: `capacity` may be larger
+    than the table, and nothing beyond the table is looked up. Without any length,
+    20 tokens are generated, or as many as there are positions left.
+
+    Raises:
+        ValueError: there is no room for the tokens asked for, the minimum is above the maximum, a
+            token id is outside the vocabulary, several sequences are asked of a greedy choice, or
+            an option is not honoured.
+    """
+    generation.check_honoured()
+    _check_tokens(generation, config)
+    if generation.num_return_sequences > 1 and not generation.do_sample:
+        raise ValueError(
+            f"num_return_sequences is {generation.num_return_sequences}, but greedy choice gives "
+            "the same sequence every time; set do_sample=True or leave it at 1"
+        )
+    room = config.max_position_embeddings - longest
+    count, asked = _new_tokens(generation, prompt_length, room)
+    if count > room or room < 1:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and {asked}: together {longest + count}, "
+            f"but max_position_embeddings is {config.max_position_embeddings}; "
+            + (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt")
+        )
+    minimum = max(generation.min_new_tokens or 0, (generation.min_length or 0) - prompt_length)
+    if minimum > count:
+        raise ValueError(
+            f"min_new_tokens or min_length asks for at least {minimum} new tokens, but {asked}; "
+            "lower the minimum or raise the maximum"
+        )
+    return Plan(prompt_length, count, minimum, bucket(prompt_length + count))
+
+
+def _new_tokens(generation: GenerationConfig, prompt_length: int, room: int) -> tuple[int, str]:
+    """How many new tokens, and which option says so."""
+    if generation.max_new_tokens is not None:
+        count = generation.max_new_tokens
+        return count, f"max_new_tokens is {count}"
+    if generation.max_length is None:
+        count = max(1, min(DEFAULT_NEW_TOKENS, room))
+        return count, f"{count} new ones are the default"
+    count = generation.max_length - prompt_length
+    if count < 1:
+        raise ValueError(
+            f"max_length is {generation.max_length}, but the prompt is {prompt_length} tokens "
+            "wide already; raise max_length, or give max_new_tokens instead"
+        )
+    return count, f"max_length {generation.max_length} leaves {count} new ones"
+
+
+def _check_tokens(generation: GenerationConfig, config: HasRoom) -> None:
+    tokens: list[tuple[str, Any]] = [("eos_token_id", stop) for stop in generation.stops]
+    tokens.append(("pad_token_id", generation.pad_token_id))
+    for name, token in tokens:
+        if token is not None and token >= config.vocab_size:
+            raise ValueError(
+                f"generation option {name} is {token}, outside the vocabulary of "
+                f"{config.vocab_size}; give an id below that, or None"
+            )

@@ -99,6 +99,15 @@ class GenerationConfig:
         return next((i for i in (self.pad_token_id, *self.stops) if i is not None), 0)
 
     @property
+    def padding_id(self) -> int | None:
+        """The id that counts as padding in a prompt without a mask, as in transformers.
+
+        None where no id does: the pad id is not known, or is a stop token too, which a text may
+        hold.
+        """
+        return None if self.pad_token_id in self.stops else self.pad_token_id
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """The rules that the scores of a step pass through, in the order of transformers' chain.
 

@@ -32,10 +32,10 @@ def uniforms(
     """
     if seed is None:
         seed = fresh_seed()
-    if isinstance(seed, int):
-        keys = [(seed, row) for row in range(rows)]
+    if isinstance(seed, (int, np.integer)):
+        keys = [(int(seed), row) for row in range(rows)]
     else:
-        keys = [(one, 0) for one in seed]
+        keys = [(int(one), 0) for one in seed]
     if len(keys) != rows:
         raise ValueError(
             f"seed lists {len(keys)} seeds for {rows} rows; give one for each row, or one number"

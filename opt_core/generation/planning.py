@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from opt_core.generation.configuration import GenerationConfig
@@ -70,30 +71,40 @@ def bucket(length: int) -> int:
 
 
 def plan(
-    generation: GenerationConfig, config: HasRoom, *, prompt_length: int, longest: int
+    generation: GenerationConfig,
+    config: HasRoom,
+    *,
+    prompt_length: int,
+    row_lengths: Sequence[int],
 ) -> Plan:
-    """From the options, the width of the prompt and its longest row to the lengths of the run.
+    """From the options, the width of the prompt and what its rows hold to the lengths of the run.
 
-    `prompt_length` counts columns, `longest` the real tokens of the row that has most of them.
-    `max_length` and `min_length` count columns, as in transformers. Positions count real tokens,
-    so padding takes none of them: `longest + max_new_tokens` may not exceed
+    `prompt_length` counts columns, `row_lengths` the real tokens of every row. `max_length` and
+    `min_length` count columns, as in transformers. Positions count real tokens, so padding takes
+    none of them: the longest row and the new tokens together may not exceed
     `max_position_embeddings`, which gives every token of the result a position, also the last
     one, that is chosen but not fed. Slots of the cache are no positions: `capacity` may be larger
     than the table, and nothing beyond the table is looked up. Without any length,
     20 tokens are generated, or as many as there are positions left.
 
     Raises:
-        ValueError: there is no room for the tokens asked for, the minimum is above the maximum, a
-            token id is outside the vocabulary, several sequences are asked of a greedy choice, or
-            an option is not honoured.
+        ValueError: there is no room for the tokens asked for, a row has no token, the minimum is
+            above the maximum, a token id is outside the vocabulary, several sequences are asked of
+            a greedy choice, or an option is not honoured.
     """
     generation.check_honoured()
+    if 0 in row_lengths:
+        raise ValueError(
+            f"row {list(row_lengths).index(0)} of the prompt has no token to continue; "
+            "give it at least one, such as bos_token_id, with 1 in attention_mask"
+        )
     _check_tokens(generation, config)
     if generation.num_return_sequences > 1 and not generation.do_sample:
         raise ValueError(
             f"num_return_sequences is {generation.num_return_sequences}, but greedy choice gives "
             "the same sequence every time; set do_sample=True or leave it at 1"
         )
+    longest = max(row_lengths)
     room = config.max_position_embeddings - longest
     count, asked = _new_tokens(generation, prompt_length, room)
     if count > room or room < 1:

@@ -1,1 +1,16 @@
 """Other people's checkpoint files, read and written as NumPy arrays without any framework."""
+
+from conversion.formats import FORMATS, WEIGHT_FILES, Format, open_checkpoint
+from conversion.names import canonical_name, canonical_names, stored_names
+from conversion.torch_file import read_torch_file
+
+__all__ = [
+    "FORMATS",
+    "WEIGHT_FILES",
+    "Format",
+    "canonical_name",
+    "canonical_names",
+    "open_checkpoint",
+    "read_torch_file",
+    "stored_names",
+]

@@ -1,5 +1,12 @@
-"""Checkpoint files on disk: tensors read lazily, by slice and by shard; saved whole or not at all."""
+"""Checkpoint files: tensors read lazily, by slice and by shard; saved whole or not at all."""
 
+from opt_core.checkpoint.reading import (
+    read_index,
+    read_index_metadata,
+    read_safetensors,
+    read_safetensors_metadata,
+    read_weight_map,
+)
 from opt_core.checkpoint.tensors import (
     Checkpoint,
     CheckpointDamaged,
@@ -22,4 +29,9 @@ __all__ = [
     "StoredTensor",
     "TensorSource",
     "has_nan",
+    "read_index",
+    "read_index_metadata",
+    "read_safetensors",
+    "read_safetensors_metadata",
+    "read_weight_map",
 ]

@@ -6,8 +6,9 @@ import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -95,10 +96,10 @@ class StoredFile:
         status = os.stat(path)
         return cls(Path(path), status.st_size, status.st_mtime_ns)
 
-    def open(self) -> BinaryIO:
+    def open(self) -> FileIO:
         """The file, unbuffered; CheckpointDamaged if it is no longer the one first opened."""
         try:
-            handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 (the caller closes it)
+            handle = FileIO(self.path)
         except FileNotFoundError:
             raise CheckpointNotFound(
                 f"{self.path} was there when the checkpoint was opened and is gone now"
@@ -110,7 +111,7 @@ class StoredFile:
             raise
         return handle
 
-    def check(self, handle: BinaryIO) -> None:
+    def check(self, handle: FileIO) -> None:
         """CheckpointDamaged unless size and time of change are those first seen."""
         status = os.fstat(handle.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
@@ -202,7 +203,7 @@ class StoredTensor:
         skipped = start * self._element_strides()[axis] * self.dtype.itemsize
         return tuple(shape), self.offset + skipped
 
-    def _fill(self, handle: BinaryIO, offset: int, values: Array) -> None:
+    def _fill(self, handle: FileIO, offset: int, values: Array) -> None:
         """Reads the window of `values.shape` that starts at `offset`, halving it until it is cheap.
 
         Cheap is one run of bytes, or a stretch so short that the system reads it whole anyway.
@@ -233,12 +234,12 @@ class StoredTensor:
         return True
 
 
-def _read_exactly(handle: BinaryIO, offset: int, values: Array, path: Path) -> None:
+def _read_exactly(handle: FileIO, offset: int, values: Array, path: Path) -> None:
     """Fills the C-ordered `values` from the bytes at `offset`."""
     room = values.reshape(-1).view(np.uint8).data
     handle.seek(offset)
     while room:
-        count = handle.readinto(room)  # type: ignore[attr-defined]
+        count = handle.readinto(room)
         if not count:
             raise CheckpointDamaged(
                 f"{path} ended {len(room)} bytes before the end of a tensor while it was read"

@@ -104,7 +104,7 @@ def plan(
             f"num_return_sequences is {generation.num_return_sequences}, but greedy choice gives "
             "the same sequence every time; set do_sample=True or leave it at 1"
         )
-    longest = max(row_lengths)
+    longest = max(row_lengths, default=0)
     room = config.max_position_embeddings - longest
     count, asked = _new_tokens(generation, prompt_length, room)
     if count > room or room < 1:

@@ -237,6 +237,8 @@ class GenerationConfig:
         """What differs from the defaults, and the kept keys; `from_dict` reads it back."""
         values: dict[str, Any] = copy.deepcopy(self._extra)
         given = {n: self.__dict__[n] for n, (default, _) in OPTIONS.items()}
+        # transformers reads a top_k of null as its default; 0 is off in all its versions.
+        given["top_k"] = given["top_k"] or 0
         values.update({n: copy.copy(v) for n, v in given.items() if v != OPTIONS[n][0]})
         return values
 

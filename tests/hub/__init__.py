@@ -1,0 +1,1 @@
+"""Repo ids and paths become local files, and folders commits."""

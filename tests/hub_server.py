@@ -255,7 +255,8 @@ def create(server: Server, request: Request) -> Answer:
     if name in server.repositories:
         told.status = 409
         return told
-    secret = request.token if asked.get("visibility") == "private" else ""
+    private = asked.get("private") or asked.get("visibility") == "private"
+    secret = request.token if private else ""
     server.repositories[name] = Repository(private=secret)
     server.repositories[name].commit({})
     return told
@@ -381,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
         return answer.body[start:]
 
     def log_message(self, format: str, *args: object) -> None:
-        """Stays silent: the requests are recorded."""
+        """Stays silent: requests are recorded."""
 
 
 @contextmanager

@@ -123,11 +123,11 @@ class Server:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
+            "TRANSFORMERS_OFFLINE": "",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
-        foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
-        return {k: v for k, v in os.environ.items() if not k.startswith(foreign)} | ours
+        return {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUG"))} | ours
 
     def run(self, home: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs Python code in a process that sees this hub and can import the checkout."""
@@ -253,8 +253,7 @@ def create(server: Server, request: Request) -> Answer:
     name = f"{asked['organization'] or 'me'}/{asked['name']}"
     told = tell({"url": f"{server.url}/{name}"})
     if name in server.repositories:
-        told.status = 409
-        return told
+        return replace(told, status=409)
     private = asked.get("private") or asked.get("visibility") == "private"
     secret = request.token if private else ""
     server.repositories[name] = Repository(private=secret)

@@ -1,0 +1,331 @@
+"""Decoding: one pass over the prompt, then one step a token over a cache of fixed room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from opt_core.generation import DecodeState, GenerationConfig, Plan, plan, uniforms
+from opt_core.outputs import GenerateOutput
+from opt_torch.attention import Visible, choose
+from opt_torch.decoder import Cache, Decoder, positions_of
+
+State = DecodeState[Tensor, Cache]
+
+
+class Streamer(Protocol):
+    """What transformers' text streamers offer: `put` for the prompt and each step, `end` last."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt `[B, P]`, then the tokens `[B]` of each step."""
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+
+class GenerationMixin:
+    """`generate` and `stream` for a model with `model.decoder` and `lm_head`."""
+
+    generation_config: GenerationConfig
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        streamer: Streamer | Callable[[Tensor], None] | None = None,
+        tokenizer: Sized | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
+        """Continue every row: `[B, P]` int -> `[B, P + n]`, the prompt included.
+
+        Options are those of `GenerationConfig`; what is not given comes from `generation_config`,
+        else from the model's own. Padding may be on either side and changes nothing. New tokens
+        come after column P; a row that has chosen a stop token is filled with the pad id. Without
+        `input_ids` every text starts with the bos token. `streamer` is called with the tokens `[B]`
+        of each step. With a `tokenizer`, ids that it does not know are never chosen. With
+        `return_dict_in_generate` the result is a record with `sequences` and `past_key_values`.
+
+        Raises:
+            ValueError: a bad option or prompt, no room for the tokens asked for (before anything
+                is computed), or scores that are NaN.
+        """
+        run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
+        put, end = _receiver(streamer, run.prompt)
+        state = None
+        for state in run.states():
+            put(state.tokens[:, state.length - 1])
+        end()
+        assert state is not None
+        sequences = state.tokens[:, : state.length]
+        if run.generation.return_dict_in_generate:
+            return GenerateOutput(sequences=sequences, past_key_values=state.cache)
+        return sequences
+
+    def stream(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: Sized | None = None,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """As `generate`, but an iterator over the tokens `[B]` of each step."""
+        run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
+        states = run.states()
+        while True:
+            with torch.no_grad():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state.tokens[:, state.length - 1]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **inputs: Any
+    ) -> dict[str, Any]:
+        """The arguments of the next call in a decoding loop of one's own (PEFT asks for it)."""
+        if past_key_values is not None and len(past_key_values):
+            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        return {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
+
+
+class _Run(NamedTuple):
+    """One generation: everything that is settled before the first pass."""
+
+    model: Any
+    generation: GenerationConfig
+    plan: Plan
+    prompt: Tensor  # int [B, P]
+    shown: Tensor | None  # bool [B, P]; None where nothing is padded
+    uniforms: Tensor | None  # float64 [B, N]; None for a greedy choice
+    known: int  # ids from here on are never chosen
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        generation: GenerationConfig | None,
+        tokenizer: Sized | None,
+        options: dict[str, Any],
+    ) -> _Run:
+        config = model.config
+        merged = (generation or model.generation_config).merged(**options)
+        prompt = _prompt(input_ids, merged, model.device)
+        shown = _shown(prompt, attention_mask, merged.padding_id)
+        lengths = shown.sum(1).tolist() if shown is not None else [prompt.shape[1]] * len(prompt)
+        planned = plan(merged, config, prompt_length=prompt.shape[1], row_lengths=lengths)
+        copies = merged.num_return_sequences
+        if copies > 1:
+            prompt = prompt.repeat_interleave(copies, 0)
+            shown = None if shown is None else shown.repeat_interleave(copies, 0)
+        drawn = None
+        if merged.do_sample:
+            numbers = uniforms(merged.seed, len(prompt), planned.max_new_tokens)[..., 0]
+            drawn = torch.from_numpy(numbers).to(prompt.device)
+        known = config.vocab_size if tokenizer is None else len(tokenizer)
+        return cls(model, merged, planned, prompt, shown, drawn, known)
+
+    def states(self) -> Iterator[State]:
+        """The state after each choice."""
+        state, scores = prefill(self)
+        for count in range(self.plan.max_new_tokens):
+            state = select(self, state, scores, count)
+            yield state
+            if self.generation.stops and bool(state.finished.all()):
+                return
+            if count + 1 < self.plan.max_new_tokens:
+                state, scores = step(self, state)
+
+
+def prefill(run: _Run) -> tuple[State, Tensor]:
+    """The state of a prompt, and the scores `[B, V]` after each row's last real token."""
+    B, P = run.prompt.shape
+    N, S, device = run.plan.max_new_tokens, run.plan.capacity, run.prompt.device
+    tokens = run.prompt.new_full((B, P + N), run.generation.fill)
+    tokens[:, :P] = run.prompt
+    mask = torch.zeros(B, S, dtype=torch.bool, device=device)
+    mask[:, :P] = True if run.shown is None else run.shown
+    state = State(
+        tokens=tokens,
+        length=cast(Tensor, P),
+        finished=torch.zeros(B, dtype=torch.bool, device=device),
+        positions=mask.sum(1),
+        mask=mask,
+        cache=Cache(run.model.config.num_hidden_layers, capacity=S),
+    )
+    return _whole_pass(run, state)
+
+
+def step(run: _Run, state: State) -> tuple[State, Tensor]:
+    """Feed every row's newest token: the state, and the scores `[B, V]` of the next."""
+    if not run.generation.use_cache:
+        return _whole_pass(run, state)
+    newest = state.tokens[:, state.length - 1, None]  # [B, 1]
+    hidden, cache = _decode(run, newest, state.positions[:, None], state)
+    state = state._replace(cache=cache, positions=state.positions + 1)
+    return state, run.model.lm_head(hidden[:, -1])
+
+
+def _whole_pass(run: _Run, state: State) -> tuple[State, Tensor]:
+    """Feed all columns so far, and score what follows each row's last real token."""
+    length = int(state.length)
+    shown = state.mask[:, :length]
+    hidden, cache = _decode(run, state.tokens[:, :length], positions_of(shown, length), state)
+    places = torch.arange(length, device=shown.device).expand_as(shown)
+    last = torch.where(shown, places, 0).amax(1)
+    rows = torch.arange(len(last), device=last.device)
+    scores = run.model.lm_head(hidden[rows, last])  # only these: [B, V], not [B, P, V]
+    return (state._replace(cache=cache) if run.generation.use_cache else state), scores
+
+
+def _decode(run: _Run, ids: Tensor, positions: Tensor, state: State) -> tuple[Tensor, Cache]:
+    """`[B, T]` ids that follow the state's cache -> `[B, T, E]`, and the cache that holds them."""
+    decoder: Decoder = run.model.model.decoder
+    T = ids.shape[1]
+    cache = state.cache.extended(T)
+    held = cache.get_seq_length()
+    embeds = decoder.embed_tokens(ids)
+    attend = choose(
+        run.model.attn_implementation,
+        Visible(held - T, T, held, None if run.shown is None else state.mask[:, :held]),
+        dropout=0.0,
+        weights=False,
+        dtype=embeds.dtype,
+        device=embeds.device,
+    )
+    nothing: list[Tensor | None] = [None] * len(decoder.layers)
+    out = decoder(embeds, positions, attend, cache, nothing, False)
+    return out.last, cache
+
+
+def select(run: _Run, state: State, scores: Tensor, count: int) -> State:
+    """Choose the token of every row from its scores, and note it."""
+    scores = _ruled(run, state, scores, count)
+    # Of equal scores argmax takes the lowest id.
+    chosen = scores.argmax(1) if run.uniforms is None else draw(scores, run.uniforms[:, count])
+    if bool(scores.gather(1, chosen[:, None]).isnan().any()):
+        raise ValueError(
+            f"the scores are NaN after {state.length} tokens; do the weights hold NaN or inf, or "
+            "does the model overflow in this dtype?"
+        )
+    chosen = chosen.masked_fill(state.finished, run.generation.fill)
+    state.tokens[:, state.length] = chosen
+    state.mask[:, state.length] = True
+    stops = torch.tensor(run.generation.stops, dtype=chosen.dtype, device=chosen.device)
+    finished = state.finished | torch.isin(chosen, stops)
+    return state._replace(length=state.length + 1, finished=finished)
+
+
+def _ruled(run: _Run, state: State, scores: Tensor, count: int) -> Tensor:
+    """The scores after the active rules, in their order: `[B, V]` -> `[B, V]` float64.
+
+    A rule takes a token out of the choice by -inf. What each means stands in
+    `opt_core.reference.rules`.
+    """
+    asked = run.generation
+    if run.known < scores.shape[1]:
+        scores = scores.index_fill(1, torch.arange(run.known, scores.shape[1]), -torch.inf)
+    if not asked.rules and run.uniforms is None:
+        return scores
+    scores = scores.double()
+    rules: dict[str, Callable[[], Tensor]] = {
+        "repetition_penalty": lambda: _penalised(scores, state, asked.repetition_penalty or 1.0),
+        "min_new_tokens": lambda: _without_stops(scores, asked, count < run.plan.min_new_tokens),
+        "temperature": lambda: scores / (asked.temperature or 1.0),
+        "top_k": lambda: _top_k(scores, asked.top_k or 0),
+        "top_p": lambda: _top_p(scores, 1.0 if asked.top_p is None else asked.top_p),
+        "min_p": lambda: _min_p(scores, asked.min_p or 0.0),
+    }
+    for name in asked.rules:
+        scores = rules[name]()
+    return scores
+
+
+def _penalised(scores: Tensor, state: State, penalty: float) -> Tensor:
+    length = int(state.length)
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    # Padding may share its id with a real token, so a hidden place must not clear a seen one.
+    rows, places = state.mask[:, :length].nonzero(as_tuple=True)
+    seen[rows, state.tokens[rows, places]] = True
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _without_stops(scores: Tensor, asked: GenerationConfig, active: bool) -> Tensor:
+    if not active:
+        return scores
+    stops = torch.tensor(asked.stops, device=scores.device)
+    return scores.index_fill(1, stops, -torch.inf)
+
+
+def _top_k(scores: Tensor, count: int) -> Tensor:
+    least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def _top_p(scores: Tensor, mass: float) -> Tensor:
+    # Best first, of equals the lowest id; the sum of a token and all that are no better runs back.
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    up_to = ranked.softmax(1).flip(1).cumsum(1).flip(1)
+    dropped = up_to <= 1 - mass
+    dropped[:, 0] = False
+    return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+
+
+def _min_p(scores: Tensor, share: float) -> Tensor:
+    probability = scores.softmax(1)
+    best, place = probability.max(1, keepdim=True)
+    return scores.masked_fill((probability < share * best).scatter(1, place, False), -torch.inf)
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution in token order: `[B, V]`, `[B]` -> `[B]`."""
+    cumulative = (scores - scores.amax(1, keepdim=True)).exp().cumsum(1)
+    aim = uniform[:, None] * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, aim, right=True)[:, 0]
+    return places.clamp(max=scores.shape[1] - 1)
+
+
+def _prompt(input_ids: Tensor | None, generation: GenerationConfig, device: torch.device) -> Tensor:
+    if input_ids is not None:
+        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids are {input_ids.dtype} {tuple(input_ids.shape)}, expected whole numbers "
+                "(batch, tokens) with at least one token"
+            )
+        return input_ids
+    if generation.bos_token_id is None:
+        raise ValueError("give input_ids, or a bos_token_id to start every text with")
+    return torch.tensor([[generation.bos_token_id]], device=device)
+
+
+def _shown(prompt: Tensor, mask: Tensor | None, padding: int | None) -> Tensor | None:
+    """Bool `[B, P]`, or None where nothing is padded."""
+    if mask is None:
+        shown = torch.ones_like(prompt, dtype=torch.bool) if padding is None else prompt != padding
+    elif mask.shape != prompt.shape:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}, expected {tuple(prompt.shape)} as input_ids"
+        )
+    else:
+        shown = mask.to(prompt.device) != 0
+    return None if bool(shown.all()) else shown
+
+
+def _receiver(
+    streamer: Streamer | Callable[[Tensor], None] | None, prompt: Tensor
+) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """What takes the tokens of each step, and what is called after the last."""
+    if streamer is None:
+        return lambda tokens: None, lambda: None
+    if callable(streamer):
+        return streamer, lambda: None
+    streamer.put(prompt.cpu())
+    return lambda tokens: streamer.put(tokens.cpu()), streamer.end

@@ -1,0 +1,83 @@
+"""Changes of a built model's shape: another vocabulary, fewer heads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from opt_torch.decoder import SelfAttention
+
+if TYPE_CHECKING:
+    from opt_torch.models.base import OPTPreTrainedModel
+
+
+def resize(model: OPTPreTrainedModel, size: int) -> None:
+    """Give the embedding, and an untied head, `size` rows."""
+    old = model.config
+    config = old.replace(vocab_size=size).locked()
+    config._attn_implementation = model.attn_implementation
+    if size < old.vocab_size:
+        warnings.warn(
+            f"the vocabulary shrinks from {old.vocab_size} to {size} tokens: the rows of the "
+            "others are gone (published OPT has more rows than its tokenizer has tokens)",
+            stacklevel=4,
+        )
+    embedding = model.get_input_embeddings()
+    embedding.weight = _resized(embedding.weight, size, old.init_std)
+    embedding.num_embeddings = size
+    head = model.get_output_embeddings()
+    if head is not None:
+        if not old.tie_word_embeddings:
+            head.weight = _resized(head.weight, size, old.init_std)
+        head.out_features = size
+    model._adopt(config)
+    model.tie_weights()
+
+
+def prune(model: OPTPreTrainedModel, heads: Mapping[int, Iterable[int]]) -> None:
+    """Cut the rows of q, k and v, and the columns of the output projection, of the named heads."""
+    old = model.config
+    pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
+    for layer, gone in heads.items():
+        pruned[layer] = pruned.get(layer, set()) | set(gone)
+    listed = {layer: sorted(gone) for layer, gone in pruned.items() if gone}
+    config = old.replace(pruned_heads=listed).locked()
+    config._attn_implementation = model.attn_implementation
+    for layer in listed:
+        before = [
+            h for h in range(old.num_attention_heads) if h not in old.pruned_heads.get(layer, ())
+        ]
+        keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
+        attention = model._decoder.layers[layer].get_submodule("self_attn")
+        assert isinstance(attention, SelfAttention)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            _keep_heads(getattr(attention, name), keep, old.head_dim, axis=0)
+        _keep_heads(attention.out_proj, keep, old.head_dim, axis=1)
+    model._adopt(config)
+
+
+def _resized(weight: Tensor, size: int, std: float) -> nn.Parameter:
+    rows = weight.new_empty(size, weight.shape[1])
+    same = min(size, weight.shape[0])
+    with torch.no_grad():
+        rows[:same] = weight[:same]
+        rows[same:].normal_(0, std)
+    return nn.Parameter(rows, requires_grad=weight.requires_grad)
+
+
+def _keep_heads(linear: nn.Linear, keep: list[int], width: int, *, axis: int) -> None:
+    places = torch.tensor([head * width + i for head in keep for i in range(width)])
+    places = places.to(linear.weight.device)
+    weight = linear.weight.detach().index_select(axis, places)
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    if axis == 0:
+        linear.out_features = len(places)
+        if linear.bias is not None:
+            bias = linear.bias.detach()[places]
+            linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    else:
+        linear.in_features = len(places)

@@ -124,9 +124,9 @@ def _entry_offset(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo) ->
             f"{file.path}: entry {entry.filename!r} is compressed or encrypted; PyTorch writes "
             "plain entries. Unpack the archive and save the checkpoint again"
         )
-    handle.seek(entry.header_offset)
+    handle.seek(min(max(0, entry.header_offset), file.size))
     header = handle.read(30)
-    if len(header) != 30 or header[:4] != ZIP_START:
+    if entry.header_offset < 0 or len(header) != 30 or header[:4] != ZIP_START:
         raise CheckpointDamaged(f"{file.path}: entry {entry.filename!r} has no header")
     names_size = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     offset = entry.header_offset + len(header) + names_size

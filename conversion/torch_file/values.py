@@ -63,21 +63,23 @@ class View:
         """
         size = math.prod(self.shape) * self.dtype.itemsize
         steps = zip(self.shape, self.strides, strict=True)
-        extent = 1 + sum((n - 1) * step for n, step in steps) if size else 0
-        end = (self.offset + extent) * self.dtype.itemsize
+        extent = 1 + sum((n - 1) * step for n, step in steps)
+        end = (self.offset + extent) * self.dtype.itemsize if size else 0
         if end > self.storage.size or size > file.size or self.storage.offset is None:
             raise CheckpointDamaged(
                 f"{file.path}: tensor {name!r} of shape {self.shape}, strides {self.strides} and "
                 f"offset {self.offset} does not lie within its storage {self.storage.key!r} of "
                 f"{self.storage.size} bytes"
             )
-        start = self.storage.offset + (self.offset * self.dtype.itemsize if size else 0)
+        if not size:
+            return StoredTensor(file, self.storage.offset, self.shape, self.dtype)
+        start = self.storage.offset + self.offset * self.dtype.itemsize
         return StoredTensor(file, start, self.shape, self.dtype, self._strides_if_unusual())
 
     def _strides_if_unusual(self) -> tuple[int, ...] | None:
         expected = 1
         for n, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n > 1 and step != expected:
+            if n != 1 and step != expected:
                 return self.strides
             expected *= n
         return None

@@ -183,9 +183,7 @@ class OPTPreTrainedModel(nn.Module):
         Raises:
             ValueError: a bad shard size, or a parameter is not there (an adapter took its place).
         """
-        config = self.config.replace(
-            architectures=[type(self).__name__], dtype=_name(self.dtype)
-        )
+        config = self.config.replace(architectures=[type(self).__name__], dtype=_name(self.dtype))
         if config.pruned_heads:
             warnings.warn(
                 "the model has pruned heads: only optlm loads the saved files", stacklevel=2

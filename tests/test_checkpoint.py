@@ -231,7 +231,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../x.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", "C:x", "a\0b"]
+    "shard", ["../x.safetensors", "/x.safetensors", "a/b", "a\\b", "..", "", "C:x", "a\0b"]
 )
 def test_a_shard_outside_the_folder_is_refused(tmp_path: Path, shard: str) -> None:
     path = index_of(tmp_path, lambda index: index["weight_map"].update(a=shard))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -145,7 +146,7 @@ def refuse_unhonoured(name: str, value: Any) -> None:
     neutral = NEUTRAL[name]
     if not any(value is same or (_is_real(value) and value == same) for same in neutral):
         raise ValueError(
-            f"generation option {name}={value!r} is not honoured; "
+            f"generation option {name}={reprlib.repr(value)} is not honoured; "
             f"leave it out or give {' or '.join(map(repr, neutral))}"
         )
 

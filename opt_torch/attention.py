@@ -68,7 +68,12 @@ def choose(
     if implementation == "eager" or weights:
         return partial(eager, mask=visible.mask(device), dropout=dropout)
     if not visible.needs_mask:
-        return partial(sdpa, mask=None, blind=None, causal=visible.queries > 1, dropout=dropout)
+        unmasked = partial(sdpa, mask=None, blind=None, dropout=dropout)
+        # A branch, since under torch.compile the comparison may be symbolic and the kernel wants
+        # a plain bool.
+        if visible.queries > 1:
+            return partial(unmasked, causal=True)
+        return partial(unmasked, causal=False)
     mask = visible.mask(device)
     return partial(sdpa, mask=mask, blind=_blind(visible, mask), causal=False, dropout=dropout)
 

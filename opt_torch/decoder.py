@@ -170,13 +170,12 @@ class PositionEmbedding(nn.Embedding):
     """A table of learned positions whose first `offset` rows no position from 0 on reads."""
 
     def __init__(self, positions: int, width: int, offset: int) -> None:
-        super().__init__(positions + offset, width)
+        super().__init__(positions + offset, width, _weight=torch.empty(positions + offset, width))
         self.offset = offset
 
     def forward(self, positions: Tensor) -> Tensor:
         """`[B, T]` int positions, from 0 -> `[B, T, C]`."""
-        rows: Tensor = super().forward(positions + self.offset)
-        return rows
+        return F.embedding(positions + self.offset, self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -272,7 +271,10 @@ class Decoder(nn.Module):
         self.config = config
         #: 0: activations are kept; n: those of every n-th layer are computed again going back.
         self.checkpoint_every = 0
-        self.embed_tokens = nn.Embedding(config.vocab_size, E, config.pad_token_id)
+        # Without values: the weight table says how they start, and torch's own start costs time.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, E), freeze=False, padding_idx=config.pad_token_id
+        )
         self.embed_positions = PositionEmbedding(
             config.max_position_embeddings, C, config.position_offset
         )

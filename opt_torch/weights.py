@@ -90,10 +90,15 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def fresh(model: nn.Module, rows: Iterable[Weight], head: Head) -> None:
-    """Fill parameters with fresh values of the table's distribution, from torch's generator."""
+    """Fill parameters with fresh values of the table's distribution, from torch's generator.
+
+    On the meta device there is nothing to fill.
+    """
     with torch.no_grad():
         for row in rows:
             parameter = model.get_parameter(stored_name(row.name, head))
+            if parameter.is_meta:
+                continue
             if row.std:
                 parameter.normal_(row.mean, row.std)
             else:

@@ -1,6 +1,7 @@
 """Files that are no state dict, are damaged, or mean harm: refused at once, and nothing runs."""
 
 import contextlib
+import io
 import pickle
 import re
 import resource
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from conversion import read_torch_file
 from conversion.torch_file import LEGACY_START
+from conversion.torch_file.pickles import Pickles
 from opt_core.checkpoint import (
     CheckpointDamaged,
     CheckpointError,
@@ -89,8 +91,10 @@ def tensor(
     return b"\x80\x02}X\x01\x00\x00\x00x" + TENSOR + b"(" + storage + view + more + b"tRs."
 
 
-def test_a_hand_made_archive_is_read(tmp_path: Path) -> None:
-    path = archive(tmp_path / "x.bin", tensor(), data_0=np.arange(4, dtype=np.float32).tobytes())
+@pytest.mark.parametrize("shape", [b"K\x04\x85", b"ctorch\nSize\nK\x04\x85\x85R"])
+def test_a_hand_made_archive_is_read(tmp_path: Path, shape: bytes) -> None:
+    pickled = tensor(view=b"K\x00" + shape + b"K\x01\x85")
+    path = archive(tmp_path / "x.bin", pickled, data_0=np.arange(4, dtype=np.float32).tobytes())
     assert read_torch_file(path)["x"].read().tolist() == [0, 1, 2, 3]
 
 
@@ -116,6 +120,7 @@ NESTED = b"\x80\x02)" + b"q\x00h\x00\x86" * 100  # a tuple that takes 2 ** 100 s
         (b"\x80\x02K\x01Na.", CheckpointDamaged, "it appends to a int"),
         (b"\x80\x02K\x01NNs.", CheckpointDamaged, "it sets items of a int"),
         (b"\x80\x02}NNs.", CheckpointDamaged, "a key is a NoneType, expected text or a number"),
+        (b"\x80\x02}C\x01xNs.", CheckpointDamaged, "a key is a bytes, expected text or a number"),
         (b"\x80\x02}(Nu.", CheckpointDamaged, "holds no valid pickle: zip"),
         (b"\x80\x02\x86.", CheckpointDamaged, "a tuple takes more values than there are"),
         (b"\x80\x02h\x07.", CheckpointDamaged, "holds no valid pickle: 7"),
@@ -147,6 +152,12 @@ def test_a_pickle_that_is_no_state_dict_is_refused_at_once(
         read_torch_file(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_file_that_ends_while_its_pickle_is_read_is_refused(tmp_path: Path) -> None:
+    pickles = Pickles(tmp_path / "x.bin", io.BytesIO(b"\x80"), 9)
+    with pytest.raises(CheckpointDamaged, match=r"x\.bin was cut short while it was read"):
+        pickles.load({})
 
 
 def test_a_pickle_with_endless_steps_is_refused(
@@ -250,7 +261,7 @@ def test_an_archive_whose_directory_lies_is_refused(tmp_path: Path) -> None:
         read_torch_file(path)
     place = data.rindex(b"PK\x05\x06") + 16
     path.write_bytes(data[:place] + struct.pack("<I", 1 << 30) + data[place + 4 :])
-    with pytest.raises(CheckpointDamaged, match="entry 'a/data.pkl' has no header"):
+    with pytest.raises(CheckpointDamaged, match=r"entry 'a/data\.pkl' has no header"):
         read_torch_file(path)
 
 
@@ -273,6 +284,7 @@ STORED = struct.pack("<q", 4) + FLOATS
         (legacy(1002, MACHINE), "is empty, damaged or no file of PyTorch's"),
         (pickle.dumps({"x": 1}, 2), "is empty, damaged or no file of PyTorch's"),
         (legacy(1001, MACHINE | {"little_endian": False}), "not written by a little-endian"),
+        (legacy(1001, b"\x80\x02NQ."), "it refers to a storage where none may be"),
         (legacy(1001, []), "not written by a little-endian machine"),
         (legacy(1001, MACHINE, {"x": 3}, []), "entry 'x' is no tensor but a int"),
         (legacy(1001, MACHINE, tensor(), []), "the list of storages is not that of the tensors"),

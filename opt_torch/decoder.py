@@ -175,7 +175,8 @@ class PositionEmbedding(nn.Embedding):
 
     def forward(self, positions: Tensor) -> Tensor:
         """`[B, T]` int positions, from 0 -> `[B, T, C]`."""
-        return F.embedding(positions + self.offset, self.weight)
+        rows: Tensor = F.embedding(positions + self.offset, self.weight)
+        return rows
 
 
 class SelfAttention(nn.Module):
@@ -272,7 +273,7 @@ class Decoder(nn.Module):
         #: 0: activations are kept; n: those of every n-th layer are computed again going back.
         self.checkpoint_every = 0
         # Without values: the weight table says how they start, and torch's own start costs time.
-        self.embed_tokens = nn.Embedding.from_pretrained(
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, E), freeze=False, padding_idx=config.pad_token_id
         )
         self.embed_positions = PositionEmbedding(

@@ -1,6 +1,7 @@
 """Tensors in files, and the safetensors and index files that hold them."""
 
 import json
+import pickle
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -145,6 +146,14 @@ def test_all_tensors_of_one_pass_share_one_map_of_the_file(tmp_path: Path) -> No
     tensors = read_safetensors(tmp_path / "model.safetensors")
     arrays = [tensor.map() for tensor in tensors.values()]
     assert len({id(array.base) for array in arrays}) == 1
+
+
+def test_a_tensor_may_be_sent_to_another_process(tmp_path: Path) -> None:
+    save(tmp_path, weights())
+    tensors = read_safetensors(tmp_path / "model.safetensors")
+    sent = pickle.loads(pickle.dumps(tensors))
+    assert sent == tensors
+    assert all(same_bits(sent[name].map(), weights()[name]) for name in sent)
 
 
 def test_values_at_an_address_their_type_cannot_have_are_copied(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -80,6 +79,17 @@ def save(
         staging.discard()
 
 
+def write_file(path: str | Path, data: bytes) -> None:
+    """Writes one file whole or not at all; raises OSError when the folder cannot take it."""
+    path = Path(path)
+    staging = _Staging(path.parent)
+    try:
+        staging.write(path.name, [data])
+        staging.place([path.name])
+    finally:
+        staging.discard()
+
+
 def size_in_bytes(size: int | str) -> int:
     """Bytes of a size such as 300000000, "300MB" or "1.5GiB"."""
     count = size
@@ -105,7 +115,7 @@ class _Staging:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.token = secrets.token_hex(4)
+        self.token = os.urandom(4).hex()
         self._placed: list[Path] = []
         self._deciding: Path | None = None
 
@@ -140,7 +150,7 @@ class _Staging:
         else:
             self._place_new(weights)
             self._deciding, last, stale = self._partial(INDEX_FILE), [INDEX_FILE], []
-        self._place([*extras, *last])
+        self.place([*extras, *last])
         stale += [
             entry
             for entry in self.folder.iterdir()
@@ -163,9 +173,10 @@ class _Staging:
     def _place_new(self, names: list[str]) -> None:
         """Places files that no reader looks at yet, and that are removed if the save fails."""
         self._placed += [self.folder / name for name in names]
-        self._place(names)
+        self.place(names)
 
-    def _place(self, names: list[str]) -> None:
+    def place(self, names: list[str]) -> None:
+        """Renames complete files into place."""
         try:
             for name in names:
                 os.replace(self._partial(name), self.folder / name)

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ class _Mapping:
     def __init__(self) -> None:
         self._alive: weakref.ref[mmap.mmap] | None = None
         self._taken: set[object] = set()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["_Mapping"], tuple[()]]:
+        """A copy, also one in another process, maps the file itself."""
+        return _Mapping, ()
 
     def take(self, file: "StoredFile", key: object) -> mmap.mmap:
         """A private map of the whole file in which `key` has not been handed out before.
@@ -72,13 +78,14 @@ class _Mapping:
         it. One map a tensor would do as well, but each holds a file descriptor, and a large model
         has more tensors than a process may have descriptors.
         """
-        mapped = self._alive() if self._alive is not None else None
-        if mapped is None or key in self._taken:
-            with file.open() as handle:
-                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._alive, self._taken = weakref.ref(mapped), set()
-        self._taken.add(key)
-        return mapped
+        with self._lock:
+            mapped = self._alive() if self._alive is not None else None
+            if mapped is None or key in self._taken:
+                with file.open() as handle:
+                    mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._alive, self._taken = weakref.ref(mapped), set()
+            self._taken.add(key)
+            return mapped
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,8 @@ class SelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights  # [B, T, C]
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)  # [B, H, T, D]
 
 
 class DecoderLayer(nn.Module):

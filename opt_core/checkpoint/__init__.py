@@ -7,7 +7,7 @@ from opt_core.checkpoint.reading import (
     read_safetensors_metadata,
     read_weight_map,
 )
-from opt_core.checkpoint.saving import save, size_in_bytes
+from opt_core.checkpoint.saving import save, size_in_bytes, write_file
 from opt_core.checkpoint.tensors import (
     Checkpoint,
     CheckpointDamaged,
@@ -37,4 +37,5 @@ __all__ = [
     "read_weight_map",
     "save",
     "size_in_bytes",
+    "write_file",
 ]

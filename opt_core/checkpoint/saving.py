@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,7 +56,7 @@ def save(
     limit = size_in_bytes(max_shard_size)
     _check_names(tensors, extra_files)
     staging = _Staging(folder)
-    try:
+    with _tidied(staging):
         staging.begin()
         shards = _named(folder, _split(tensors, limit), staging.token)
         count = _progress(sum(map(size_of, tensors.values())), progress)
@@ -66,28 +67,6 @@ def save(
         if SINGLE_FILE not in shards:
             staging.write(INDEX_FILE, [_index(shards)])
         return staging.commit(list(shards), list(extra_files))
-    except CheckpointNotFound:
-        raise
-    except OSError as fault:
-        done = (
-            "the new checkpoint is complete, but old files could not be removed"
-            if staging.decided
-            else "the files that were there are whole"
-        )
-        raise OSError(fault.errno, f"saving into {folder} failed ({fault}); {done}") from fault
-    finally:
-        staging.discard()
-
-
-def write_file(path: str | Path, data: bytes) -> None:
-    """Writes one file whole or not at all; raises OSError when the folder cannot take it."""
-    path = Path(path)
-    staging = _Staging(path.parent)
-    try:
-        staging.write(path.name, [data])
-        staging.place([path.name])
-    finally:
-        staging.discard()
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -187,6 +166,25 @@ class _Staging:
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".saving-{self.token}-{name}.partial"
+
+
+@contextmanager
+def _tidied(staging: _Staging) -> Iterator[None]:
+    """Leaves no file of a save that fails, and says of an OSError what it left."""
+    try:
+        yield
+    except CheckpointNotFound:
+        raise
+    except OSError as fault:
+        done = (
+            "the new checkpoint is complete, but old files could not be removed"
+            if staging.decided
+            else "the files that were there are whole"
+        )
+        message = f"saving into {staging.folder} failed ({fault}); {done}"
+        raise OSError(fault.errno, message) from fault
+    finally:
+        staging.discard()
 
 
 def _sync(folder: Path) -> None:

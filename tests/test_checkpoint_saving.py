@@ -26,6 +26,7 @@ from opt_core.checkpoint import (
     read_safetensors_metadata,
     save,
     size_in_bytes,
+    write_file,
 )
 
 Array = NDArray[Any]
@@ -275,6 +276,22 @@ def test_old_files_that_cannot_be_removed_are_reported_after_the_new_ones_are_in
     with pytest.raises(PermissionError, match="new checkpoint is complete, but old files could"):
         save(tmp_path, weights(2))
     assert all((found == 2).all() for found in read(tmp_path).values())
+
+
+def test_a_single_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path / "config.json", b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match=r"saving into .*disk full.*were there are whole"):
+            write_file(tmp_path / "config.json", b"new")
+    assert names(tmp_path) == {"config.json"}
+    assert (tmp_path / "config.json").read_bytes() == b"old"
+    write_file(tmp_path / "config.json", b"new")
+    assert (tmp_path / "config.json").read_bytes() == b"new"
+    with pytest.raises(FileNotFoundError, match=r"saving into .*gone failed"):
+        write_file(tmp_path / "gone" / "config.json", b"new")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def save(
         return staging.commit(list(shards), list(extra_files))
 
 
+def write_file(path: str | Path, data: bytes) -> None:
+    """Writes one file whole or not at all; raises OSError when the folder cannot take it."""
+    path = Path(path)
+    staging = _Staging(path.parent)
+    with _tidied(staging):
+        staging.write(path.name, [data])
+        staging.place([path.name])
+
+
 def size_in_bytes(size: int | str) -> int:
     """Bytes of a size such as 300000000, "300MB" or "1.5GiB"."""
     count = size

@@ -1,0 +1,58 @@
+# Each target installs what it needs into .venv first; nothing else on the machine is touched.
+# `make demo` runs the command on the checkpoint that ships, `make test` proves the whole house.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-deep lint format bench docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/optlm demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The long versions: tests marked deep as well, and ten times the examples of a property.
+test-deep: lint
+	$(BIN)/python -m pytest -m '' --hypothesis-profile deep
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m tests.benchmarks
+
+# Rewrites the tables that come from code; the suite compares them.
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.tables
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp is newer than what it was installed from, so a second run installs nothing.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch,dev]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) --editable '.[torch,dev,bench]'
+	@touch $@
+
+# Where the system's Python comes without ensurepip, its own pip fills the environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'optlm needs Python 3.11 or newer; name one with make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }

@@ -1,0 +1,193 @@
+"""One adapter a framework, NumPy in and NumPy out, so that a test is written once for all wings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.config import OPTConfig
+from opt_core.generation import GenerationConfig
+from opt_core.weights import Head, stored_name, table
+from tests.cases import Arrays
+
+#: The package of the framework that each wing needs.
+FRAMEWORKS: Mapping[str, str] = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
+
+
+class Wing(ABC):
+    """What tests ask of a wing. A model, and the cache it returns, stay the framework's own."""
+
+    name: str
+
+    @abstractmethod
+    def model_class(self, head: Head) -> Any:
+        """The public class with this head."""
+
+    @abstractmethod
+    def fresh(self, head: Head, config: OPTConfig, **options: Any) -> Any:
+        """A model with values of its own, in evaluation mode."""
+
+    @abstractmethod
+    def build(
+        self, head: Head, config: OPTConfig, weights: Arrays, dtype: str = "float32", **options: Any
+    ) -> Any:
+        """A model with these weights, by canonical name."""
+
+    @abstractmethod
+    def weights(self, model: Any) -> Arrays:
+        """A model's weights by canonical name, in the stored layout and type."""
+
+    @abstractmethod
+    def call(self, model: Any, **inputs: Any) -> Any:
+        """The outputs of a call, arrays as NumPy, the cache as it is."""
+
+    @abstractmethod
+    def modules(self, model: Any, **inputs: Any) -> Arrays:
+        """The output of every module that runs in a call, by its path in a whole checkpoint."""
+
+    @abstractmethod
+    def gradients(self, model: Any, **inputs: Any) -> Arrays:
+        """The gradients of a call's loss by canonical name."""
+
+    @abstractmethod
+    def array(self, values: Any) -> Any:
+        """A NumPy array as the framework's own."""
+
+    @abstractmethod
+    def numpy(self, values: Any) -> Any:
+        """Arrays of the framework, also in records and tuples, as NumPy (half types as float32)."""
+
+    def load(self, head: Head, source: Any, **options: Any) -> Any:
+        """A model from a checkpoint."""
+        return self.model_class(head).from_pretrained(source, **options)
+
+    def dtype(self, model: Any) -> str:
+        """The type that a model computes in."""
+        return str(model.dtype).rpartition(".")[2]
+
+    def pairs(self, cache: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """The keys and values of every layer of a cache, `[B, H, S, D]`."""
+        return [(self.numpy(key).copy(), self.numpy(value).copy()) for key, value in cache]
+
+    def generate(self, model: Any, input_ids: Any = None, **options: Any) -> Any:
+        """The tokens `[B, P + n]`, or the record if the options ask for one."""
+        return self.numpy(model.generate(*self._prompt(input_ids, options), **options))
+
+    def stream(self, model: Any, input_ids: Any, **options: Any) -> Iterator[NDArray[Any]]:
+        """The tokens `[B]` of each step, as they are chosen."""
+        for tokens in model.stream(*self._prompt(input_ids, options), **options):
+            yield self.numpy(tokens)
+
+    def _prompt(self, input_ids: Any, options: dict[str, Any]) -> list[Any]:
+        if options.get("attention_mask") is not None:
+            options["attention_mask"] = self.array(options["attention_mask"])
+        return [] if input_ids is None else [self.array(input_ids)]
+
+
+class TorchWing(Wing):
+    """opt_torch on the CPU."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        import opt_torch
+
+        self._torch, self._package = torch, opt_torch
+
+    def model_class(self, head: Head) -> Any:
+        return getattr(self._package, f"OPT{head.value}")
+
+    def fresh(self, head: Head, config: OPTConfig, **options: Any) -> Any:
+        return self.model_class(head)(config, **options).eval()
+
+    def build(
+        self, head: Head, config: OPTConfig, weights: Arrays, dtype: str = "float32", **options: Any
+    ) -> Any:
+        model = self.fresh(head, config, **options).to(getattr(self._torch, dtype))
+        state = {stored_name(n, head): self._torch.tensor(v) for n, v in weights.items()}
+        model.load_state_dict(state)
+        return model
+
+    def weights(self, model: Any) -> Arrays:
+        from opt_torch.weights import tensors
+
+        stored = tensors(model, model.config, model.head)
+        return {
+            n: stored[stored_name(n, model.head)].read() for n in table(model.config, model.head)
+        }
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        with self._torch.no_grad():
+            return self.numpy(model(**self._tensors(inputs)))
+
+    def modules(self, model: Any, **inputs: Any) -> Arrays:
+        outputs: Arrays = {}
+        prefix = "model" if model.head is Head.NONE else ""
+        hooks = []
+        for path, module in model.named_modules():
+            whole = ".".join(part for part in (prefix, path) if part)
+            if not whole:
+                continue
+
+            def note(_module: Any, _inputs: Any, output: Any, whole: str = whole) -> None:
+                first = output if isinstance(output, self._torch.Tensor) else output[0]
+                outputs[whole] = self.numpy(first)
+
+            hooks.append(module.register_forward_hook(note))
+        result = self.call(model, **inputs)
+        for hook in hooks:
+            hook.remove()
+        if prefix:
+            outputs[prefix] = result.last_hidden_state
+        return outputs
+
+    def gradients(self, model: Any, **inputs: Any) -> Arrays:
+        model.zero_grad()
+        model(**self._tensors(inputs)).loss.backward()
+        return {
+            name: self.numpy(model.get_parameter(stored_name(name, model.head)).grad)
+            for name in table(model.config, model.head)
+        }
+
+    def array(self, values: Any) -> Any:
+        return self._torch.from_numpy(np.array(values))
+
+    def numpy(self, values: Any) -> Any:
+        if isinstance(values, self._torch.Tensor):
+            values = values.detach().cpu()
+            half = values.dtype in (self._torch.float16, self._torch.bfloat16)
+            return (values.float() if half else values).numpy()
+        if isinstance(values, dict):
+            return type(values)((name, self.numpy(value)) for name, value in values.items())
+        if type(values) is tuple:
+            return tuple(self.numpy(value) for value in values)
+        return values
+
+    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {n: v for n, v in inputs.items() if isinstance(v, np.ndarray)}
+        return {**inputs, **{name: self.array(value) for name, value in arrays.items()}}
+
+
+_WINGS: Mapping[str, type[Wing]] = {"torch": TorchWing}
+
+
+def is_installed(name: str) -> bool:
+    """Whether the framework of a wing can be imported."""
+    return find_spec(FRAMEWORKS[name]) is not None
+
+
+def open_wing(name: str) -> Wing:
+    """The adapter of a wing by its name."""
+    return _WINGS[name]()
+
+
+def greedy(**options: Any) -> GenerationConfig:
+    """Options of a generation for the reference: no stop token unless one is given."""
+    return GenerationConfig(**{"pad_token_id": 1, "bos_token_id": 2, **options})

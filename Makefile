@@ -12,11 +12,11 @@ demo: $(VENV)/.demo
 	$(BIN)/optlm demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --wing torch
 
 # The long versions: tests marked deep as well, and ten times the examples of a property.
 test-deep: lint
-	$(BIN)/python -m pytest -m '' --hypothesis-profile deep
+	$(BIN)/python -m pytest --wing torch -m '' --hypothesis-profile deep
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """The model, its losses and its decoding in float64 NumPy: what every wing is held to."""
 
-from opt_core.reference.decoding import Generated, generate, generate_with_margins
+from opt_core.reference.decoding import Generated, generate, generate_with_margins, stream
 from opt_core.reference.heads import (
     CausalLM,
     QuestionAnswering,
@@ -23,4 +23,5 @@ __all__ = [
     "generate_with_margins",
     "question_answering",
     "sequence_classification",
+    "stream",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,30 @@ def generate_with_margins(
         ValueError: as `plan` and `forward`; scores that are NaN.
     """
     generation = generation or GenerationConfig.from_model_config(config)
+    chosen = list(stream(config, weights, input_ids, attention_mask, generation))
+    prompt = token_ids(input_ids, config).repeat(generation.num_return_sequences, axis=0)
+    columns = [tokens[:, None] for tokens, _ in chosen]
+    margins = np.stack([margin for _, margin in chosen], axis=1)
+    return Generated(np.concatenate([prompt, *columns], axis=1), margins)
+
+
+def stream(
+    config: OPTConfig,
+    weights: Weights,
+    input_ids: Any,
+    attention_mask: Any = None,
+    generation: GenerationConfig | None = None,
+    *,
+    known: int | None = None,
+) -> Iterator[tuple[Ints, Floats]]:
+    """As `generate_with_margins`, step by step: the tokens [B] and the margins [B] of each.
+
+    Ids from `known` on, those that a tokenizer of that length lacks, are never chosen.
+
+    Raises:
+        ValueError: as `generate_with_margins`.
+    """
+    generation = generation or GenerationConfig.from_model_config(config)
     ids = token_ids(input_ids, config)  # [B, P]
     if attention_mask is None and generation.padding_id is not None:
         attention_mask = ids != generation.padding_id
@@ -67,24 +92,26 @@ def generate_with_margins(
     ids = ids.repeat(generation.num_return_sequences, axis=0)
     mask = mask.repeat(generation.num_return_sequences, axis=0)
     doubles = {name: np.asarray(array, np.float64) for name, array in weights.items()}
-    return _loop(config, doubles, ids, mask, generation, run)
+    unknown = range(config.vocab_size if known is None else known, config.vocab_size)
+    yield from _steps(config, doubles, ids, mask, generation, run, unknown)
 
 
-def _loop(
+def _steps(
     config: OPTConfig,
     weights: Weights,
     ids: Ints,
     mask: Mask,
     generation: GenerationConfig,
     run: Plan,
-) -> Generated:
-    rows, margins = len(ids), []
+    unknown: range,
+) -> Iterator[tuple[Ints, Floats]]:
+    rows = len(ids)
     uniform = uniforms(generation.seed, rows, run.max_new_tokens)[..., 0]  # [B, N]
     finished = np.zeros(rows, np.bool_)
     for step in range(run.max_new_tokens):
         scores, cut = rules.process(
             generation,
-            next_scores(config, weights, ids, mask),
+            rules.suppress(next_scores(config, weights, ids, mask), unknown),
             seen=seen_tokens(ids, mask, config.vocab_size),
             suppresses_stops=step < run.min_new_tokens,
         )
@@ -93,13 +120,12 @@ def _loop(
         else:
             tokens, margin = rules.best(scores)
         tokens = np.where(finished, generation.fill, tokens)
-        margins.append(np.where(finished, np.inf, np.minimum(margin, cut)))
+        yield tokens, np.where(finished, np.inf, np.minimum(margin, cut))
         ids = np.concatenate([ids, tokens[:, None]], axis=1)
         mask = np.concatenate([mask, np.ones((rows, 1), np.bool_)], axis=1)
         finished = finished | np.isin(tokens, generation.stops)
         if finished.all():
-            break
-    return Generated(ids, np.stack(margins, axis=1))
+            return
 
 
 def next_scores(config: OPTConfig, weights: Weights, ids: Ints, mask: Mask) -> Floats:

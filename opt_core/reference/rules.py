@@ -24,7 +24,7 @@ def repetition_penalty(scores: Floats, seen: Mask, penalty: float) -> Floats:
 
 
 def suppress(scores: Floats, tokens: Sequence[int]) -> Floats:
-    """Take tokens out of the choice: stop tokens, until the least length is reached."""
+    """Take tokens out of the choice, such as stop tokens until the least length is reached."""
     result = scores.copy()
     result[:, list(tokens)] = -np.inf
     return result

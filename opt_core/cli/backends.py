@@ -1,0 +1,192 @@
+"""What computes: the table of wings, and the few things that commands ask of each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.config import DTYPES, OPTConfig
+
+if TYPE_CHECKING:
+    from opt_core.tokenizer import OPTTokenizer
+
+Ints = NDArray[np.int64]
+Scores = NDArray[np.floating[Any]]
+
+
+class Backend(Protocol):
+    """A causal language model, computed by one framework."""
+
+    @property
+    def config(self) -> OPTConfig:
+        """The model's configuration."""
+
+    def logits(self, ids: Ints) -> Scores:
+        """`[B, T] int -> [B, T, V]` float32 or float64: the scores of what follows each token."""
+
+    def tokens(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """Continue `[1, P]` token by token; options are those of `GenerationConfig`.
+
+        Ids that the tokenizer lacks are never chosen.
+
+        Raises:
+            ValueError: a bad option, or no room for the tokens asked for; with the first token.
+        """
+
+
+class Wing(NamedTuple):
+    """One row of the table: the module that must be there, what brings it, and how it loads."""
+
+    title: str
+    module: str
+    #: The extra of the distribution that installs the module.
+    extra: str
+    #: From a folder or file, the name of a type or None, and a device or None.
+    load: Callable[[Path, str | None, str | None], Backend]
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the framework can be imported here."""
+        return find_spec(self.module) is not None
+
+    @property
+    def version(self) -> str:
+        """The framework's version, by which results are reported."""
+        return version(self.module)
+
+
+class NumpyReference:
+    """The float64 reference on a checkpoint."""
+
+    def __init__(self, source: Path) -> None:
+        from conversion import open_checkpoint
+        from opt_core.generation import GENERATION_FILE, GenerationConfig
+        from opt_core.weights import Head, fit
+
+        self.config = OPTConfig.from_pretrained(source)
+        checkpoint = open_checkpoint(source)
+        matched = fit(self.config, Head.CAUSAL_LM, checkpoint.tensors, source=str(source))
+        self.weights = {
+            name: np.asarray(tensor.map(), np.float64) for name, tensor in matched.sources.items()
+        }
+        if (source / GENERATION_FILE).is_file():
+            self.generation = GenerationConfig.from_pretrained(source)
+        else:
+            self.generation = GenerationConfig.from_model_config(self.config)
+
+    def logits(self, ids: Ints) -> Scores:
+        """As `Backend.logits`, float64."""
+        from opt_core.reference import causal_lm
+
+        return causal_lm(self.config, self.weights, input_ids=ids).logits
+
+    def tokens(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """As `Backend.tokens`, one pass over the whole text for each token."""
+        return (token for token, _ in self.tokens_with_margins(prompt, tokenizer, options))
+
+    def tokens_with_margins(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[tuple[int, float]]:
+        """Each token, and the smallest change that could have made it another one."""
+        from opt_core.reference import stream
+
+        asked = self.generation.merged(**options)
+        shown = np.ones_like(prompt)
+        steps = stream(self.config, self.weights, prompt, shown, asked, known=len(tokenizer))
+        return ((int(tokens[0]), float(margins[0])) for tokens, margins in steps)
+
+
+class TorchModel:
+    """The PyTorch wing on a checkpoint."""
+
+    def __init__(self, source: Path, dtype: str | None, device: str | None) -> None:
+        from opt_torch import OPTForCausalLM
+
+        self.model = OPTForCausalLM.from_pretrained(source, dtype=dtype, device=device)
+        self.config = self.model.config
+
+    def logits(self, ids: Ints) -> Scores:
+        """As `Backend.logits`, float32 whatever the model computes in."""
+        import torch
+
+        with torch.inference_mode():
+            given = torch.from_numpy(ids).to(self.model.device)
+            scores: Scores = self.model(given, use_cache=False).logits.float().cpu().numpy()
+        return scores
+
+    def tokens(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """As `Backend.tokens`, over a cache."""
+        import torch
+
+        given = torch.from_numpy(prompt).to(self.model.device)
+        shown = torch.ones_like(given)
+        steps = self.model.stream(given, attention_mask=shown, tokenizer=tokenizer, **options)
+        return (int(tokens[0]) for tokens in steps)
+
+
+#: The reference's name, beside those of the wings.
+NUMPY = "numpy"
+
+#: Every wing by the name that `--backend` takes; the first that is installed is the default.
+WINGS: Mapping[str, Wing] = {
+    "torch": Wing("PyTorch", "torch", "torch", TorchModel),
+}
+
+
+def installed() -> list[str]:
+    """The wings whose framework is installed."""
+    return [name for name, wing in WINGS.items() if wing.is_installed]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What computes, in which type, and where."""
+    parser.add_argument(
+        "--backend",
+        choices=[*WINGS, NUMPY],
+        help="what computes (the first of these that is installed)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        help="compute in this type (float32); auto: the file's",
+    )
+    parser.add_argument("--device", help="compute there, such as cuda (the framework's default)")
+
+
+def load(options: argparse.Namespace, source: Path) -> Backend:
+    """The model of a local checkpoint in the backend that was chosen.
+
+    Raises:
+        ImportError: the framework is not installed; says which extra brings it.
+        ValueError: a type or a device for the reference, which has neither.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    name = options.backend or next(iter(installed()), NUMPY)
+    if name == NUMPY:
+        given = [f"--{n}" for n in ("dtype", "device") if getattr(options, n) is not None]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} cannot be honoured: NumPy computes in float64 on the CPU; "
+                "leave it out, or choose another --backend"
+            )
+        return NumpyReference(source)
+    wing = WINGS[name]
+    if not wing.is_installed:
+        raise ImportError(
+            f"--backend {name} needs {wing.title}, which is not installed: "
+            f"pip install 'optlm[{wing.extra}]'"
+        )
+    return wing.load(source, options.dtype, options.device)

@@ -1,0 +1,77 @@
+"""How commands show things: tables for people and for pipes, and progress on terminals only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+T = TypeVar("T")
+
+# A pipe has no width: every row stays one line there.
+_PIPE_WIDTH = 100_000
+
+
+def console() -> Console:
+    """Standard output: coloured and as wide as the terminal, plain and unwrapped in a pipe."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> Table:
+    """A table of texts; the columns named in `right` are aligned there."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in headings:
+        shown.add_column(
+            Text(heading), justify="right" if heading in right else "left", overflow="fold"
+        )
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> Text:
+    """Names and values, one pair a line."""
+    listed = list(rows)
+    width = max((len(name) for name, _ in listed), default=0)
+    lines = (Text.assemble((f"{name:<{width}}", "bold"), "  ", value) for name, value in listed)
+    return Text("\n").join(lines)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: `4.6 MB`."""
+    amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while amount >= 1000 and unit != "TB":
+        amount, unit = amount / 1000, next(units)
+    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Progress]:
+    """A progress display on standard error, hidden where that is no terminal."""
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as shown:
+        yield shown
+
+
+def tracked(title: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, with a progress bar for how many of them are done."""
+    with progress(title) as shown:
+        yield from shown.track(items)

@@ -50,8 +50,9 @@ class OPTPreTrainedModel(nn.Module):
         self.config = config.locked()
         self.name_or_path = config.name_or_path
         self.generation_config = GenerationConfig.from_model_config(config)
-        given = attn_implementation or getattr(config, "_attn_implementation", None)
-        self.set_attn_implementation(given or "sdpa")
+        if attn_implementation is None:
+            attn_implementation = getattr(config, "_attn_implementation", None)
+        self.set_attn_implementation("sdpa" if attn_implementation is None else attn_implementation)
 
     def _finish(self) -> None:
         """Share the configuration with the parts, tie what is tied, draw the rest afresh."""

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as fault:
         raise ValueError(f"{path} is not UTF-8 text: {fault}") from fault
-    except json.JSONDecodeError as fault:
+    except (json.JSONDecodeError, RecursionError) as fault:
         raise ValueError(f"{path} is not JSON: {fault}") from fault
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")

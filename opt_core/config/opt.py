@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opt_core.config import forms
 from opt_core.config.files import CONFIG_FILE, config_path, read_json
 from opt_core.config.presets import PRESETS
-from opt_core.config.rules import METADATA, RULES, is_int
+from opt_core.config.rules import METADATA, RULES, check_together
 
 
 class OPTConfig:
@@ -110,23 +111,33 @@ class OPTConfig:
     ) -> None:
         given = {k: v for k, v in locals().items() if k in RULES or k in METADATA}
         _refuse_unknown(unknown, "OPTConfig has no argument")
-        given["word_embed_proj_dim"] = (
-            hidden_size if word_embed_proj_dim is None else word_embed_proj_dim
-        )
+        if word_embed_proj_dim is None:
+            del given["word_embed_proj_dim"]
         given["dtype"] = dtype if dtype is not None else torch_dtype
-        given["pruned_heads"] = _int_keys("pruned_heads", pruned_heads or {})
-        given["id2label"] = _labels(num_labels, id2label)
-        given["label2id"] = dict(label2id or {v: k for k, v in given["id2label"].items()})
+        given["pruned_heads"] = pruned_heads or {}
+        given["id2label"], given["label2id"] = forms.labels(num_labels, id2label, label2id)
         state = self.__dict__
         state.update(_locked=False, _complete=False, _extra={})
+        faults = []
         for name, value in given.items():
-            setattr(self, name, value)
-        _check_together(self)
+            try:
+                setattr(self, name, value)
+            except ValueError as fault:
+                faults.append(str(fault))
+        if faults:
+            raise ValueError("\n".join(faults))
+        if word_embed_proj_dim is None:
+            self.word_embed_proj_dim = hidden_size
+        check_together(self)
         state["_complete"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("dtype", "torch_dtype"):
-            name, value = "dtype", _dtype_name(value)
+        if name == "dtype":
+            value = forms.dtype_name(value)
+        elif name == "pruned_heads":
+            value = forms.heads(value)
+        elif isinstance(value, list):
+            value = list(value)
         rule = RULES.get(name)
         if rule is None:
             self._set_unruled(name, value)
@@ -143,7 +154,7 @@ class OPTConfig:
         self.__dict__[name] = value
         if self._complete:
             try:
-                _check_together(self)
+                check_together(self)
             except ValueError:
                 self.__dict__[name] = before
                 raise
@@ -170,6 +181,10 @@ class OPTConfig:
         """The same as `dtype`, under the name that earlier files use."""
         return self.dtype
 
+    @torch_dtype.setter
+    def torch_dtype(self, value: Any) -> None:
+        self.dtype = value
+
     @property
     def num_labels(self) -> int:
         """How many classes the classification head tells apart."""
@@ -177,9 +192,7 @@ class OPTConfig:
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        labels = _labels(count, None)
-        self.id2label = labels
-        self.label2id = {label: index for index, label in labels.items()}
+        self.id2label, self.label2id = forms.labels(count, None, None)
 
     @property
     def use_return_dict(self) -> bool:
@@ -220,10 +233,21 @@ class OPTConfig:
         return own
 
     def replace(self, **changes: Any) -> OPTConfig:
-        """A new, validated, unlocked configuration that differs in the named fields."""
-        if "num_labels" in changes:
-            changes = {"id2label": None, "label2id": None, **changes}
-        return type(self).from_dict({**self.to_dict(), **changes})
+        """A new, validated, unlocked configuration that differs in the named fields.
+
+        Raises:
+            ValueError: a bad value, or a field that is not there (naming the nearest one).
+        """
+        unknown = changes.keys() - {*_KNOWN, *self._extra}
+        _refuse_unknown({name: None for name in sorted(unknown)}, "OPTConfig has no field")
+        values = {**self.to_dict(), "name_or_path": self.name_or_path}
+        if "hidden_size" in changes and not self.has_projections:
+            del values["word_embed_proj_dim"]
+        # Fields that are several names of one thing: what is not given follows what is.
+        for same in (("dtype", "torch_dtype"), ("num_labels", "id2label", "label2id")):
+            if not changes.keys().isdisjoint(same):
+                values = {name: value for name, value in values.items() if name not in same}
+        return type(self).from_dict({**values, **changes})
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> OPTConfig:
@@ -248,12 +272,9 @@ class OPTConfig:
             raise ValueError(
                 f"this is no OPT configuration: model_type is {kind!r}, expected {cls.model_type!r}"
             )
-        known = {*RULES, *METADATA, "num_labels", "torch_dtype"}
-        known_values = {k: v for k, v in values.items() if k in known}
-        if known_values.get("id2label") is not None:
-            known_values.pop("num_labels", None)
+        known_values = {k: v for k, v in values.items() if k in _KNOWN}
         config = cls(**known_values)
-        extra = {k: v for k, v in values.items() if k not in known and k != "model_type"}
+        extra = {k: v for k, v in values.items() if k not in (*_KNOWN, "model_type")}
         config.__dict__["_extra"] = extra
         return config
 
@@ -337,78 +358,15 @@ class OPTConfig:
         return f"OPTConfig {self.to_json_string()}"
 
 
+#: Every name that the constructor takes.
+_KNOWN = (*RULES, *METADATA, "num_labels", "torch_dtype")
+
+
 def _nearest(name: str) -> str:
-    known = [*RULES, *METADATA, "num_labels", "torch_dtype"]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _refuse_unknown(unknown: Mapping[str, Any], what: str) -> None:
     if unknown:
         raise ValueError("; ".join(f"{what} {name!r}{_nearest(name)}" for name in unknown))
-
-
-def _int_keys(field: str, values: Mapping[Any, Any]) -> dict[int, Any]:
-    """JSON turns whole-number keys into text; this turns them back."""
-    try:
-        items = {int(key): value for key, value in values.items()}
-    except (TypeError, ValueError, AttributeError) as fault:
-        raise ValueError(
-            f"OPTConfig.{field} is {values!r}; it must be {RULES[field].words}"
-        ) from fault
-    if field == "pruned_heads":
-        return {layer: sorted(set(heads)) for layer, heads in sorted(items.items())}
-    return items
-
-
-def _labels(count: int | None, given: Mapping[int, str] | None) -> dict[int, str]:
-    if given is not None:
-        labels = _int_keys("id2label", given)
-        if count is not None and count != len(labels):
-            raise ValueError(
-                f"OPTConfig.num_labels is {count!r}, but id2label names {len(labels)} labels; "
-                "give one of the two, or make them agree"
-            )
-        return labels
-    count = 2 if count is None else count
-    if not is_int(count) or not 1 <= count <= 2**24:
-        raise ValueError(
-            f"OPTConfig.num_labels is {count!r}; it must be a whole number of at least 1"
-        )
-    return {index: f"LABEL_{index}" for index in range(count)}
-
-
-def _dtype_name(value: Any) -> Any:
-    """A framework's dtype object, a NumPy scalar type or a name -> the name."""
-    if value is None or isinstance(value, str):
-        return value if value is None else value.removeprefix("torch.")
-    return getattr(value, "__name__", None) or str(value).removeprefix("torch.")
-
-
-def _check_together(config: OPTConfig) -> None:
-    """Rules between fields.
-
-    Raises:
-        ValueError: naming the fields, their values and the remedy.
-    """
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"OPTConfig.hidden_size is {config.hidden_size}, which num_attention_heads "
-            f"({config.num_attention_heads}) does not divide; choose a multiple of it"
-        )
-    tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id")}
-    stops = config.eos_token_id
-    tokens |= {"eos_token_id": max(stops) if isinstance(stops, list) else stops}
-    for name, token in tokens.items():
-        if token is not None and token >= config.vocab_size:
-            raise ValueError(
-                f"OPTConfig.{name} is {token}, outside the vocabulary of {config.vocab_size}; "
-                "give an id below vocab_size, or None"
-            )
-    for layer, heads in config.pruned_heads.items():
-        known = range(config.num_attention_heads)
-        if not 0 <= layer < config.num_hidden_layers or not set(heads) < set(known):
-            raise ValueError(
-                f"OPTConfig.pruned_heads has {{{layer}: {heads}}}; layers go from 0 to "
-                f"{config.num_hidden_layers - 1}, heads from 0 to {known[-1]}, and one must stay"
-            )

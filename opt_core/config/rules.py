@@ -98,6 +98,14 @@ def _whole(least: int, most: int, *, fixed: bool = False, optional: bool = False
     )
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_map(value: Any, key: Callable[[Any], bool], item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
+
+
 def _is_real(value: Any) -> bool:
     return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
 
@@ -144,16 +152,20 @@ RULES: Mapping[str, Rule] = {
     "tie_word_embeddings": _FIXED_FLAG,
     "id2label": Rule(
         "a mapping from 0, 1, 2, … to names",
-        lambda v: isinstance(v, dict) and bool(v) and sorted(v) == list(range(len(v))),
+        lambda v: _is_map(v, is_int, _is_text) and bool(v) and sorted(v) == list(range(len(v))),
         len,
     ),
-    "label2id": Rule("a mapping from names to whole numbers", lambda v: isinstance(v, dict)),
+    "label2id": Rule(
+        "a mapping from names to whole numbers", lambda v: _is_map(v, _is_text, is_int)
+    ),
     "problem_type": Rule(
         f"one of {', '.join(PROBLEM_TYPES)}, or None", lambda v: v is None or v in PROBLEM_TYPES
     ),
     "pruned_heads": Rule(
         "a mapping from layer numbers to lists of head numbers",
-        lambda v: isinstance(v, dict) and all(isinstance(heads, list) for heads in v.values()),
+        lambda v: _is_map(
+            v, is_int, lambda heads: isinstance(heads, list) and all(map(is_int, heads))
+        ),
         _itself,
     ),
     "output_attentions": _FLAG,
@@ -171,3 +183,32 @@ METADATA = (
     "finetuning_task",
     "task_specific_params",
 )
+
+
+def check_together(config: Any) -> None:
+    """The rules between fields.
+
+    Raises:
+        ValueError: naming the fields, their values and the remedy.
+    """
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"OPTConfig.hidden_size is {config.hidden_size}, which num_attention_heads "
+            f"({config.num_attention_heads}) does not divide; choose a multiple of it"
+        )
+    tokens = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id")}
+    stops = config.eos_token_id
+    tokens |= {"eos_token_id": max(stops) if isinstance(stops, list) else stops}
+    for name, token in tokens.items():
+        if token is not None and token >= config.vocab_size:
+            raise ValueError(
+                f"OPTConfig.{name} is {token}, outside the vocabulary of {config.vocab_size}; "
+                "give an id below vocab_size, or None"
+            )
+    for layer, heads in config.pruned_heads.items():
+        known = range(config.num_attention_heads)
+        if not 0 <= layer < config.num_hidden_layers or not set(heads) < set(known):
+            raise ValueError(
+                f"OPTConfig.pruned_heads has {{{layer}: {heads}}}; layers go from 0 to "
+                f"{config.num_hidden_layers - 1}, heads from 0 to {known[-1]}, and one must stay"
+            )

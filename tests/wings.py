@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig
 from opt_core.weights import Head, stored_name, table
 from tests.cases import Arrays
 
@@ -186,8 +185,3 @@ def is_installed(name: str) -> bool:
 def open_wing(name: str) -> Wing:
     """The adapter of a wing by its name."""
     return _WINGS[name]()
-
-
-def greedy(**options: Any) -> GenerationConfig:
-    """Options of a generation for the reference: no stop token unless one is given."""
-    return GenerationConfig(**{"pad_token_id": 1, "bos_token_id": 2, **options})

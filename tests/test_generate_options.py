@@ -1,0 +1,158 @@
+"""What may be asked of generation besides its tokens: records, streams, guards, refusals."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_core.generation import GenerationConfig
+from opt_core.weights import Head
+from tests.cases import padded, random_weights, tiny, words
+from tests.subject import STD, Subject
+from tests.wings import Wing
+
+TEXTS = [words(1, count, seed=count)[0] for count in (7, 1, 4)]
+
+
+@pytest.fixture(scope="module")
+def subject(wing: Wing) -> Subject:
+    return Subject(wing)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_a_cache_the_tokens_are_the_same(subject: Subject, side: str) -> None:
+    batch = padded(TEXTS, side)
+    found = subject.generate(batch.ids, batch.mask, max_new_tokens=8, use_cache=False)
+    right = subject.generate(batch.ids, batch.mask, max_new_tokens=8)
+    np.testing.assert_array_equal(found, right)
+
+
+def test_a_record_comes_when_asked_for_and_its_cache_goes_on(subject: Subject) -> None:
+    ids = words(2, 4)
+    options: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None}
+    record = subject.generate(ids, return_dict_in_generate=True, **options)
+    np.testing.assert_array_equal(record.sequences, subject.right(ids, **options))
+    call = subject.wing.call
+    past = record.past_key_values
+    held = subject.wing.pairs(past)[0][0].shape[2]
+    assert held == 8
+    found = call(subject.model, input_ids=record.sequences[:, held:], past_key_values=past)
+    whole = call(subject.model, input_ids=record.sequences)
+    np.testing.assert_allclose(found.logits[:, -1], whole.logits[:, -1], rtol=0, atol=1e-4)
+
+
+def test_options_come_from_the_call_then_the_given_then_the_models_configuration(
+    subject: Subject,
+) -> None:
+    ids = words(1, 4)
+    given_options = GenerationConfig(max_new_tokens=3)
+    assert subject.generate(ids, generation_config=given_options).shape == (1, 7)
+    longer = subject.generate(ids, generation_config=given_options, max_new_tokens=5)
+    assert longer.shape == (1, 9)
+    other = Subject(subject.wing)
+    other.model.generation_config = GenerationConfig(max_new_tokens=2)
+    assert other.generate(ids).shape == (1, 6)
+    assert given_options.max_new_tokens == 3
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_chosen(wing: Wing) -> None:
+    subject = Subject(wing, vocab_size=60)
+    ids = words(3, 4, vocab_size=25)
+    for options in ({}, {"do_sample": True, "seed": 1, "temperature": 3.0}):
+        asked = {"max_new_tokens": 15, "eos_token_id": None, **options}
+        free = subject.generate(ids, **asked)
+        guarded = subject.generate(ids, tokenizer=range(25), **asked)
+        assert free.max() >= 25
+        assert guarded.max() < 25
+
+
+def test_without_a_prompt_a_text_starts_with_the_bos_token(subject: Subject) -> None:
+    found = subject.generate(None, max_new_tokens=4)
+    np.testing.assert_array_equal(found, subject.generate(np.array([[2]]), max_new_tokens=4))
+    with pytest.raises(ValueError, match="give input_ids, or a bos_token_id to start every text"):
+        subject.generate(None, bos_token_id=None)
+
+
+# Streams
+
+
+def test_a_callback_gets_the_tokens_of_every_step(subject: Subject) -> None:
+    ids, steps = words(2, 4), []
+    found = subject.generate(
+        ids, max_new_tokens=6, streamer=lambda tokens: steps.append(np.asarray(tokens))
+    )
+    np.testing.assert_array_equal(np.stack(steps, axis=1), found[:, 4:])
+
+
+def test_a_streamer_gets_the_prompt_the_tokens_and_the_end(subject: Subject) -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        def put(self, value: Any) -> None:
+            heard.append(np.asarray(value))
+
+        def end(self) -> None:
+            heard.append("end")
+
+    ids = words(1, 4)
+    found = subject.generate(ids, max_new_tokens=6, streamer=Listener())
+    assert heard.pop() == "end"
+    np.testing.assert_array_equal(heard.pop(0), ids)
+    np.testing.assert_array_equal(np.stack(heard, axis=1), found[:, 4:])
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}])
+def test_a_stream_yields_the_tokens_of_every_step(subject: Subject, options: Any) -> None:
+    ids = words(2, 4)
+    steps = list(subject.wing.stream(subject.model, ids, max_new_tokens=6, **options))
+    found = subject.generate(ids, max_new_tokens=6, **options)
+    np.testing.assert_array_equal(np.stack(steps, axis=1), found[:, 4:])
+
+
+def test_a_stream_may_be_left_before_its_end(subject: Subject) -> None:
+    stream = subject.wing.stream(subject.model, words(1, 4), max_new_tokens=6)
+    assert next(stream).shape == (1,)
+    found = subject.wing.call(subject.model, input_ids=words(1, 4))
+    assert found.logits.shape == (1, 4, 40)
+
+
+# Refusals
+
+
+BAD_PROMPTS: dict[str, tuple[Any, Any, str]] = {
+    "one axis": (words(1, 4)[0], None, r"input_ids are .*int64 \(4,\), expected whole numbers"),
+    "real numbers": (words(1, 4) * 1.0, None, r"input_ids are .*float64 \(1, 4\), expected whole"),
+    "no token": (words(1, 4)[:, :0], None, r"\(1, 0\), expected .* with at least one token"),
+    "a mask of another shape": (
+        words(1, 4),
+        np.ones((1, 5), np.int64),
+        r"attention_mask is \(1, 5\), expected \(1, 4\) as input_ids",
+    ),
+    "a row of padding": (
+        words(2, 3),
+        np.array([[1, 1, 1], [0, 0, 0]]),
+        "row 1 of the prompt has no token to continue",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_a_bad_prompt_is_refused(subject: Subject, case: str) -> None:
+    ids, mask, message = BAD_PROMPTS[case]
+    with pytest.raises(ValueError, match=message):
+        subject.generate(ids, mask, max_new_tokens=2)
+
+
+def test_scores_that_are_not_numbers_are_an_error(wing: Wing) -> None:
+    config = tiny()
+    weights = random_weights(config, Head.CAUSAL_LM, std=STD)
+    weights["model.decoder.layers.1.fc2.bias"][3] = np.nan
+    model = wing.build(Head.CAUSAL_LM, config, weights)
+    for options in ({}, {"do_sample": True, "seed": 0}):
+        with pytest.raises(ValueError, match="scores are NaN after 4 tokens; do the weights hold"):
+            wing.generate(model, words(1, 4), max_new_tokens=3, **options)
+
+
+def test_sampling_options_without_sampling_are_named_in_a_warning(subject: Subject) -> None:
+    with pytest.warns(UserWarning, match="top_p changes nothing without do_sample=True"):
+        subject.generate(words(1, 4), max_new_tokens=1, top_p=0.5)

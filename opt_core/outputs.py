@@ -37,7 +37,10 @@ class ModelOutput(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self.fields:
             raise TypeError(f"{type(self).__name__} has no field {name!r}")
-        super().__setitem__(name, value)
+        if value is None:
+            self.pop(name, None)
+        else:
+            super().__setitem__(name, value)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]

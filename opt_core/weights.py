@@ -276,6 +276,11 @@ class _Faults:
 
     def missing(self, row: Weight) -> None:
         self.lines.append(("missing", row.name, str(row.shape)))
+        if row.name.startswith("model.decoder.final_layer_norm."):
+            self._hint(
+                "files from before June 2022 lack the last norm, and their models were run without "
+                "it: if this is one of them, set _remove_final_layer_norm true in its configuration"
+            )
 
     def unexpected(self, name: str, tensor: TensorSource) -> None:
         self.lines.append(("unexpected", name, str(tensor.shape)))
@@ -297,14 +302,18 @@ class _Faults:
                 f"{self.config.position_offset} rows short: OPT keeps that many unused rows before "
                 "position 0; was this file written without them?"
             )
-        if hint and hint not in self.hints:
-            self.hints.append(hint)
+        if hint:
+            self._hint(hint)
+
+    def _hint(self, text: str) -> None:
+        if text not in self.hints:
+            self.hints.append(text)
 
     def raise_for(self, source: str, expected: int, found: int) -> None:
         if not self.lines:
             return
         c = self.config
-        shown = [f"  {fault:<10} {name:<55} {said}" for fault, name, said in self.lines[:20]]
+        shown = [f"  {fault:<10}  {name:<55}  {said}" for fault, name, said in self.lines[:20]]
         if len(self.lines) > 20:
             shown.append(f"  … and {len(self.lines) - 20} more")
         raise CheckpointMismatch(

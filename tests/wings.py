@@ -61,6 +61,10 @@ class Wing(ABC):
     def numpy(self, values: Any) -> Any:
         """Arrays of the framework, also in records and tuples, as NumPy (half types as float32)."""
 
+    @abstractmethod
+    def limit_threads(self) -> None:
+        """Compute on one core: tiny models gain nothing from more, and wait for busy ones."""
+
     def load(self, head: Head, source: Any, **options: Any) -> Any:
         """A model from a checkpoint."""
         return self.model_class(head).from_pretrained(source, **options)
@@ -99,6 +103,10 @@ class TorchWing(Wing):
         import opt_torch
 
         self._torch, self._package = torch, opt_torch
+        self.limit_threads()
+
+    def limit_threads(self) -> None:
+        self._torch.set_num_threads(1)
 
     def model_class(self, head: Head) -> Any:
         return getattr(self._package, f"OPT{head.value}")

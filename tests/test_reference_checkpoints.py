@@ -1,0 +1,161 @@
+"""Every reference checkpoint through a wing's `from_pretrained`, and every broken one."""
+
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_core.weights import Head
+from tests.tolerances import BOUNDS, assert_gradients_near, assert_near
+from tests.wings import Wing
+
+ROOT = Path(__file__).resolve().parents[2] / "shared"
+#: The formats that are read, as `checks/checkpoints.py` calls them.
+FORMATS = ("safetensors", "bin")
+KINDS = ("safetensors", "bin", "sharded", "config")
+
+
+def load_checks() -> ModuleType | None:
+    path = ROOT / "checks/checkpoints.py"
+    spec = importlib.util.spec_from_file_location("reference_checks", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CHECKS = load_checks()
+CASES = [
+    (folder.parent.name, kind)
+    for folder in sorted(ROOT.glob("reference/opt/*/meta.json"))
+    for kind in FORMATS
+    if CHECKS and any(f for pattern in CHECKS.FORMATS[kind] for f in folder.parent.glob(pattern))
+]
+_table = ROOT / "reference/bad/cases.json"
+BAD: dict[str, Any] = (
+    {row["case"]: row for row in json.loads(_table.read_text()) if row["kind"] in KINDS}
+    if _table.is_file()
+    else {}
+)
+
+#: What the message of each refusal must say besides the name of its file or folder.
+SAYS: dict[str, str] = {
+    "safetensors_wrong_shape": r"misshapen +model\.decoder\.\S+ +expected \(.*\), found \(.*\)",
+    "safetensors_transposed_fc1": r"misshapen +\S+fc1\.weight .*\n.*transposed",
+    "safetensors_missing_key": r"missing +model\.decoder\.layers\.0\.self_attn\.v_proj\.bias",
+    "safetensors_extra_key": r"unexpected +model\.decoder\.layers\.0\.self_attn\.rotary\.inv_freq",
+    "safetensors_integer_weights": r"not floats +model\.\S+ +found int",
+    "safetensors_untied_without_lm_head": r"missing +lm_head\.weight",
+    "safetensors_without_final_layer_norm": r"missing +model\.decoder\.final_layer_norm\.weight",
+    "safetensors_fewer_positions_than_config": r"\S+embed_positions\.weight +expected .*, found",
+    "bin_wrong_shape": r"misshapen +model\.decoder\.\S+ +expected \(.*\), found \(.*\)",
+    "bin_value_is_not_a_tensor": r"model\.\S+",
+    "index_points_to_missing_shard": r"model-00004-of-00004\.safetensors",
+    "index_path_traversal": r"\.\./\.\./x",
+    "index_path_traversal_to_a_real_file": r"\.\./_outside/shard\.safetensors",
+    "index_names_a_tensor_no_shard_has": r"model\.decoder\.layers\.0\.nothing\.weight.*model-0000",
+    "config_hidden_not_divisible_by_heads": r"hidden_size is 16, which num_attention_heads \(3\)",
+    "config_negative_layers": r"num_hidden_layers is -",
+    "config_zero_heads": r"num_attention_heads is 0",
+    "config_hidden_size_is_text": r"hidden_size is '",
+    "config_layers_is_float": r"num_hidden_layers is \d\.",
+    "config_ffn_is_null": r"ffn_dim is None",
+    "config_unknown_activation": r"activation_function is '",
+    "config_dropout_out_of_range": r"dropout is ",
+    "config_pad_token_outside_vocabulary": r"pad_token_id is ",
+    "config_absurdly_large": r"hidden_size is |vocab_size is |num_hidden_layers is |ffn_dim is ",
+    "config_other_model_type": r"no OPT configuration: model_type is '",
+    "config_missing": r"has no config\.json",
+    "no_weights": r"there are no weights in",
+}
+#: Those that load, and what their warnings say.
+LOADS: dict[str, list[str]] = {
+    "safetensors_nan_weights": [r"NaN values in model\.\S+"],
+    "safetensors_tied_but_lm_head_differs": [r"lm_head\.weight differs from model\.decoder\.embed"],
+    "config_unknown_field": [],
+}
+
+
+@pytest.fixture(scope="module")
+def checks(wing: Wing) -> Any:
+    """The wing as the checks see it."""
+    assert CHECKS is not None
+    made = CHECKS.Wing(wing.name)
+    wing.limit_threads()
+    return made
+
+
+@pytest.mark.parametrize(("case", "kind"), CASES)
+def test_a_reference_checkpoint_gives_every_expected_array(
+    checks: Any, shared: Path, tmp_path: Path, case: str, kind: str
+) -> None:
+    assert CHECKS is not None
+    folder = shared / "reference/opt" / case
+    for pattern in (*CHECKS.FORMATS[kind], "config.json"):
+        for file in folder.glob(pattern):
+            shutil.copy(file, tmp_path)
+    name = json.loads((folder / "meta.json").read_text())["reference_class"]
+    assert BOUNDS["float32 files"].size == CHECKS.BOUND
+    with np.load(folder / "expected.npz") as arrays:
+        found = dict(CHECKS.CHECKS[name](checks, checks.load(name, tmp_path), arrays))
+    assert len(found) > 1 or name == "OPTModel"
+    assert {what: fault for what, fault in found.items() if fault} == {}
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    stats = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_broken_checkpoint_gets_a_clear_answer_and_does_nothing(
+    wing: Wing, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    folder = shared / "reference/bad" / case
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = files_of(folder)
+    if case in LOADS:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            wing.load(Head.CAUSAL_LM, folder)
+        assert len(seen) == len(LOADS[case])
+        for warning, says in zip(seen, LOADS[case], strict=True):
+            assert re.search(says, str(warning.message))
+    else:
+        with pytest.raises((ValueError, OSError), match=SAYS.get(case, case)) as caught:
+            wing.load(Head.CAUSAL_LM, folder)
+        assert case in str(caught.value), "the message names the folder or a file in it"
+        assert type(caught.value).__module__.partition(".")[0] in ("builtins", "opt_core")
+    ran = {tmp_path, Path(tempfile.gettempdir()), Path("/tmp")}
+    assert not any((place / "opt_reference_pickle_ran").exists() for place in ran)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("name", ["good_safetensors", "good_bin", "good_sharded"])
+def test_the_unbroken_ones_load(wing: Wing, shared: Path, name: str) -> None:
+    folder = shared / "reference/bad"
+    with np.load(folder / "good_expected.npz") as arrays:
+        model = wing.load(Head.CAUSAL_LM, folder / name)
+        found = wing.call(model, input_ids=arrays["input_ids"]).logits
+        assert_near(found, arrays["logits"], "float32 files")
+
+
+@pytest.mark.parametrize("batch", ["masked", "pad_token_unmasked"])
+def test_gradients_are_those_of_the_reference_data(wing: Wing, shared: Path, batch: str) -> None:
+    folder = shared / "reference/opt"
+    model = wing.load(Head.CAUSAL_LM, folder / "lm_base")
+    with np.load(folder / "gradients/lm_base.npz") as arrays:
+        own = {k.removeprefix(batch + "/"): v for k, v in arrays.items() if k.startswith(batch)}
+    inputs = {k: v for k, v in own.items() if k in ("input_ids", "attention_mask", "labels")}
+    assert_near(wing.call(model, **inputs).loss, own["loss"], "float32 files")
+    expected = {k.removeprefix("grad/"): v for k, v in own.items() if k.startswith("grad/")}
+    assert_gradients_near(wing.gradients(model, **inputs), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import warnings
@@ -47,7 +48,8 @@ class OPTPreTrainedModel(nn.Module):
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__()
-        self.config = config.locked()
+        # A locked one is another model's, which keeps it for itself.
+        self.config = copy.deepcopy(config).locked()
         self.name_or_path = config.name_or_path
         self.generation_config = GenerationConfig.from_model_config(config)
         if attn_implementation is None:
@@ -146,7 +148,7 @@ class OPTPreTrainedModel(nn.Module):
         folder = weights.locate(source, hub_options)
         if not isinstance(config, OPTConfig):
             config = OPTConfig.from_pretrained(folder if config is None else config)
-        config = config.replace(**options) if options else config
+        config = config.replace(**options) if options else copy.deepcopy(config)
         config.name_or_path = os.fspath(source)
         checkpoint = weights.open_pretrained(folder)
         with torch.device("meta"):
@@ -162,8 +164,9 @@ class OPTPreTrainedModel(nn.Module):
         )
         model.tie_weights()
         model.config.dtype = _name(model.dtype)
-        if (folder / GENERATION_FILE).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        beside = folder if folder.is_dir() else folder.parent
+        if (beside / GENERATION_FILE).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(beside)
         model.eval()
         return model if device_map is None else _dispatch(model, device_map)
 

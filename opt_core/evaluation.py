@@ -44,7 +44,10 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """How many equally likely tokens would be as hard to predict."""
-        return math.exp(self.nats_per_token)
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_character(self) -> float:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: wrong usage (2), or `--help` and `--version` (0).
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         with _warnings_in_one_line():
             return int(options.run(options))
@@ -54,15 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line: every subcommand with its options."""
+    whole = argparse.ArgumentParser(
         prog="optlm",
         description="Meta's OPT language models: generate, inspect, evaluate.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"optlm {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=f"optlm {__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for command in (demo, generate, inspect, eval):
         summary, _, _ = command.DESCRIPTION.partition("\n")
         one = commands.add_parser(
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_options(one)
         one.add_argument("--debug", action="store_true", help="show where an error comes from")
         one.set_defaults(run=command.run)
-    return parser
+    return whole
 
 
 def _said(error: Exception) -> str:

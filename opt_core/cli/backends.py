@@ -78,8 +78,9 @@ class NumpyReference:
         self.weights = {
             name: np.asarray(tensor.map(), np.float64) for name, tensor in matched.sources.items()
         }
-        if (source / GENERATION_FILE).is_file():
-            self.generation = GenerationConfig.from_pretrained(source)
+        beside = source if source.is_dir() else source.parent
+        if (beside / GENERATION_FILE).is_file():
+            self.generation = GenerationConfig.from_pretrained(beside)
         else:
             self.generation = GenerationConfig.from_model_config(self.config)
 

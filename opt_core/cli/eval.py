@@ -69,10 +69,10 @@ def _read(path: Path) -> str:
 
 def _figures(result: Evaluation, window: int, stride: int) -> list[tuple[str, str]]:
     return [
-        ("perplexity", f"{result.perplexity:.4f}"),
-        ("nats per token", f"{result.nats_per_token:.6f}"),
-        ("bits per character", f"{result.bits_per_character:.6f}"),
-        ("bits per byte", f"{result.bits_per_byte:.6f}"),
+        ("perplexity", f"{result.perplexity:.5g}"),
+        ("nats per token", f"{result.nats_per_token:.4f}"),
+        ("bits per character", f"{result.bits_per_character:.4f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("tokens", str(result.tokens)),
         ("characters", str(result.characters)),
         ("bytes", str(result.size_bytes)),

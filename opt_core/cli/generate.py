@@ -25,6 +25,8 @@ examples:
   optlm generate facebook/opt-350m --prompt "The meaning of life is" --backend torch --dtype auto
 """
 
+DEFAULT_NEW_TOKENS = 50
+
 #: Options that mean sampling, and the type of each.
 _SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int}
 _HELP = {
@@ -46,7 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the text to continue; - reads it from stdin",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=50, metavar="N", help="at most this many (50)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"at most this many ({DEFAULT_NEW_TOKENS}, or what there is room for)",
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sample", action="store_true", help="draw tokens")
@@ -75,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = sources.tokenizer(options)
     backend = backends.load(options, sources.locate(options))
     prompt = np.array([tokenizer(text)["input_ids"]], np.int64)
-    tokens = backend.tokens(prompt, tokenizer, generation_options(options))
+    room = backend.config.max_position_embeddings - prompt.shape[1]
+    tokens = backend.tokens(prompt, tokenizer, generation_options(options, room))
     decoder = tokenizer.decode_stream(skip_special_tokens=True)
     pending = text
     for token in tokens:
@@ -85,11 +91,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `generate` is asked for: drawing, if any option of it was given."""
+def generation_options(options: argparse.Namespace, room: int) -> dict[str, Any]:
+    """What a backend is asked for: drawing, if any option of it was given."""
     given = {name: getattr(options, name) for name in (*_SAMPLING, "repetition_penalty")}
     given = {name: value for name, value in given.items() if value is not None}
-    asked: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, **given}
+    length = options.max_new_tokens
+    if length is None:
+        length = max(1, min(DEFAULT_NEW_TOKENS, room))
+    asked: dict[str, Any] = {"max_new_tokens": length, **given}
     asked["do_sample"] = options.sample or any(name in given for name in _SAMPLING)
     if options.ignore_eos:
         asked["eos_token_id"] = None

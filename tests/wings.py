@@ -126,9 +126,9 @@ class TorchWing(Wing):
         from opt_torch.weights import tensors
 
         stored = tensors(model, model.config, model.head)
-        return {
-            n: stored[stored_name(n, model.head)].read() for n in table(model.config, model.head)
-        }
+        names = table(model.config, model.head)
+        # A copy, since tensors share the memory of the model.
+        return {name: stored[stored_name(name, model.head)].read().copy() for name in names}
 
     def call(self, model: Any, **inputs: Any) -> Any:
         with self._torch.no_grad():

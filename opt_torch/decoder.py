@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opt_core.config import ACTIVATIONS, DecoderConfig
 from opt_torch.attention import Attend
+from opt_torch.linear import linear
 
 #: A cache that must grow gets room up to the next multiple of this many tokens.
 GROWTH = 128
@@ -196,8 +197,9 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, T, C]` -> `[B, T, C]` and the attention weights `[B, H, T, S]` or None."""
         # Before q·k: in float16 the unscaled product overflows.
-        q = self._split(self.q_proj(hidden) * self.head_dim**-0.5)
-        k, v = self._split(self.k_proj(hidden)), self._split(self.v_proj(hidden))
+        q = self._split(linear(self.q_proj, hidden) * self.head_dim**-0.5)
+        k = self._split(linear(self.k_proj, hidden))
+        v = self._split(linear(self.v_proj, hidden))
         if cache is not None:
             k, v = cache.add(self.layer, k, v)  # [B, H, S, D]
         out, weights = attend(q, k, v)  # [B, H, T, D]
@@ -206,7 +208,7 @@ class SelfAttention(nn.Module):
             factor = head_mask.to(out.device, out.dtype)[:, None, None]
             out = out * factor
             weights = None if weights is None else weights * factor
-        return self.out_proj(out.transpose(1, 2).flatten(2)), weights  # [B, T, C]
+        return linear(self.out_proj, out.transpose(1, 2).flatten(2)), weights  # [B, T, C]
 
     def _split(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
@@ -237,7 +239,7 @@ class DecoderLayer(nn.Module):
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         into = self.final_layer_norm(hidden) if self.norm_first else hidden
-        hidden = hidden + self._dropped(self.fc2(self.activation(self.fc1(into))))
+        hidden = hidden + self._dropped(linear(self.fc2, self.activation(linear(self.fc1, into))))
         if not self.norm_first:
             hidden = self.final_layer_norm(hidden)
         return hidden, weights
@@ -301,7 +303,7 @@ class Decoder(nn.Module):
         Dropout acts inside layers only, never on embeddings (the published models were trained
         with `no_emb_dropout`).
         """
-        hidden = embeds if self.project_in is None else self.project_in(embeds)  # [B, T, C]
+        hidden = embeds if self.project_in is None else linear(self.project_in, embeds)  # [B, T, C]
         hidden = hidden + self.embed_positions(positions).to(hidden.device)
         states, weights = [], []
         for i, layer in enumerate(self.layers):
@@ -313,7 +315,7 @@ class Decoder(nn.Module):
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         if self.project_out is not None:
-            hidden = self.project_out(hidden)  # [B, T, E]
+            hidden = linear(self.project_out, hidden)  # [B, T, E]
         kept = tuple(weight for weight in weights if weight is not None)
         return DecoderOutput(hidden, (*states, hidden) if collect_states else None, kept or None)
 

@@ -12,6 +12,8 @@ from opt_core.generation import DecodeState, GenerationConfig, Plan, plan, unifo
 from opt_core.outputs import GenerateOutput
 from opt_torch.attention import Visible, choose
 from opt_torch.decoder import Cache, Decoder, positions_of
+from opt_torch.linear import linear
+from opt_torch.packed import PackedDecoder, packed
 
 State = DecodeState[Tensor, Cache]
 
@@ -105,6 +107,7 @@ class _Run(NamedTuple):
     shown: Tensor | None  # bool [B, P]; None where nothing is padded
     uniforms: Tensor | None  # float64 [B, N]; None for a greedy choice
     known: int  # ids from here on are never chosen
+    packed: PackedDecoder | None  # the fast form of the decoder, where there is one
 
     @classmethod
     def of(
@@ -131,7 +134,8 @@ class _Run(NamedTuple):
             numbers = uniforms(merged.seed, len(prompt), planned.max_new_tokens)[..., 0]
             drawn = torch.from_numpy(numbers).to(prompt.device)
         known = config.vocab_size if tokenizer is None else len(tokenizer)
-        return cls(model, merged, planned, prompt, shown, drawn, known)
+        form = packed(model, planned.max_new_tokens) if merged.use_cache else None
+        return cls(model, merged, planned, prompt, shown, drawn, known, form)
 
     def states(self) -> Iterator[State]:
         """The state after each choice."""
@@ -171,7 +175,7 @@ def step(run: _Run, state: State) -> tuple[State, Tensor]:
     newest = state.tokens[:, state.length - 1, None]  # [B, 1]
     hidden, cache = _decode(run, newest, state.positions[:, None], state)
     state = state._replace(cache=cache, positions=state.positions + 1)
-    return state, run.model.lm_head(hidden[:, -1])
+    return state, _scores(run, hidden[:, -1])
 
 
 def _whole_pass(run: _Run, state: State) -> tuple[State, Tensor]:
@@ -182,7 +186,7 @@ def _whole_pass(run: _Run, state: State) -> tuple[State, Tensor]:
     places = torch.arange(length, device=shown.device).expand_as(shown)
     last = torch.where(shown, places, 0).amax(1)
     rows = torch.arange(len(last), device=last.device)
-    scores = run.model.lm_head(hidden[rows, last])  # only these: [B, V], not [B, P, V]
+    scores = _scores(run, hidden[rows, last])  # only these: [B, V], not [B, P, V]
     return (state._replace(cache=cache) if run.generation.use_cache else state), scores
 
 
@@ -201,9 +205,16 @@ def _decode(run: _Run, ids: Tensor, positions: Tensor, state: State) -> tuple[Te
         dtype=embeds.dtype,
         device=embeds.device,
     )
+    if run.packed is not None:
+        return run.packed(embeds, positions, attend, cache), cache
     nothing: list[Tensor | None] = [None] * len(decoder.layers)
     out = decoder(embeds, positions, attend, cache, nothing, False)
     return out.last, cache
+
+
+def _scores(run: _Run, last: Tensor) -> Tensor:
+    """`[B, E]` hidden states of the last tokens -> `[B, V]`."""
+    return linear(run.model.lm_head, last) if run.packed is None else run.packed.head(last)
 
 
 def select(run: _Run, state: State, scores: Tensor, count: int) -> State:

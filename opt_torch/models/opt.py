@@ -22,6 +22,7 @@ from opt_core.weights import Head
 from opt_torch.attention import choose
 from opt_torch.decoder import Cache, Decoder, DecoderLayer
 from opt_torch.generation import GenerationMixin
+from opt_torch.linear import linear
 from opt_torch.models import inputs, losses
 from opt_torch.models.base import OPTPreTrainedModel
 
@@ -171,7 +172,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
             True,
             position_ids=position_ids,
         )
-        logits = self.lm_head(out.last_hidden_state)  # [B, T, V]
+        logits = linear(self.lm_head, out.last_hidden_state)  # [B, T, V]
         loss = None if labels is None else losses.causal_lm_loss(logits, labels)
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **_rest(out))
         return result if _given(return_dict, self.config.return_dict) else result.to_tuple()

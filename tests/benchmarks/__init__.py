@@ -1,0 +1,1 @@
+"""Speed beside the peers; nothing here is a test."""

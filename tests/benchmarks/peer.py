@@ -1,0 +1,203 @@
+"""One peer of the benchmark: reads the name of a case a line, answers with a JSON line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SHAPES = {
+    "prefill-1x512": (1, 512),
+    "prefill-8x128": (8, 128),
+    "decode-1": (1, 32),
+    "decode-8": (8, 32),
+    "train-4x256": (4, 256),
+}
+NEW_TOKENS = 128
+
+
+class System(Protocol):
+    """What a peer offers; a case that it cannot do raises `LookupError`."""
+
+    facts: dict[str, Any]
+
+    def load(self) -> None:
+        """Import and load, so that a pass can follow; the framework itself is imported before."""
+
+    def prefill(self, ids: np.ndarray[Any, Any]) -> None:
+        """All logits of one pass."""
+
+    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+        """Greedy, exactly `count` new tokens a row."""
+
+    def train(self, ids: np.ndarray[Any, Any]) -> None:
+        """One step of AdamW."""
+
+
+class Torch:
+    """What our model and transformers' have in common: both are torch modules."""
+
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.folder, self.dtype = torch, folder, getattr(torch, dtype)
+        self.facts = {"torch": torch.__version__, "dtype": dtype}
+        self.model: Any = None
+        self.optimizer: Any = None
+
+    def prefill(self, ids: np.ndarray[Any, Any]) -> None:
+        with self.torch.no_grad():
+            self.model(self.torch.from_numpy(ids), use_cache=True)
+
+    def train(self, ids: np.ndarray[Any, Any]) -> None:
+        if self.dtype is not self.torch.float32:
+            raise LookupError("float32 only")
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        batch = self.torch.from_numpy(ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(batch, labels=batch, use_cache=False).loss.backward()
+        self.optimizer.step()
+
+
+class Ours(Torch):
+    """opt_torch."""
+
+    def __init__(self, folder: Path, threads: int, dtype: str, **generate: Any) -> None:
+        super().__init__(folder, threads, dtype)
+        self.generate = generate
+        self.facts |= {"optlm": version("optlm")}
+
+    def load(self) -> None:
+        from opt_torch import OPTForCausalLM
+
+        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
+
+    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+        self.model.generate(
+            self.torch.from_numpy(ids), max_new_tokens=count, eos_token_id=None, **self.generate
+        )
+
+
+class Transformers(Torch):
+    """transformers' OPT for torch."""
+
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+        super().__init__(folder, threads, dtype)
+        self.facts |= {"transformers": version("transformers")}
+
+    def load(self) -> None:
+        from transformers import OPTForCausalLM
+
+        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype).eval()
+
+    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+        batch = self.torch.from_numpy(ids)
+        self.model.generate(
+            batch,
+            attention_mask=self.torch.ones_like(batch),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+
+
+class CTranslate2:
+    """CTranslate2 on the model that its own converter made."""
+
+    def __init__(self, folder: Path, threads: int, compute_type: str) -> None:
+        import ctranslate2
+
+        self.library, self.threads, self.compute_type = ctranslate2, threads, compute_type
+        self.folder = folder / f"ct2-{compute_type}"
+        self.facts = {"ctranslate2": ctranslate2.__version__, "dtype": compute_type}
+
+    def load(self) -> None:
+        self.generator = self.library.Generator(
+            str(self.folder), compute_type=self.compute_type, intra_threads=self.threads
+        )
+
+    def prefill(self, ids: np.ndarray[Any, Any]) -> None:
+        self.generator.forward_batch([[f"t{i}" for i in row] for row in ids.tolist()])
+
+    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+        self.generator.generate_batch(
+            [[f"t{i}" for i in row] for row in ids.tolist()],
+            max_length=count,
+            min_length=count,
+            include_prompt_in_result=False,
+        )
+
+    def train(self, ids: np.ndarray[Any, Any]) -> None:
+        raise LookupError("CTranslate2 does not train")
+
+
+SYSTEMS: dict[str, Callable[[Path, int], System]] = {
+    "opt_torch": lambda folder, n: Ours(folder, n, "float32"),
+    "opt_torch-bf16": lambda folder, n: Ours(folder, n, "bfloat16"),
+    "transformers": lambda folder, n: Transformers(folder, n, "float32"),
+    "transformers-bf16": lambda folder, n: Transformers(folder, n, "bfloat16"),
+    "ctranslate2": lambda folder, n: CTranslate2(folder, n, "float32"),
+    "ctranslate2-int8": lambda folder, n: CTranslate2(folder, n, "int8"),
+}
+
+
+def prepare(folder: Path) -> None:
+    """Write the checkpoint that all peers read: the 125M shape, random weights, seed 0."""
+    import torch
+
+    from opt_torch import OPTConfig, OPTForCausalLM
+
+    if not (folder / "hf").exists():
+        torch.manual_seed(0)
+        OPTForCausalLM(OPTConfig()).save_pretrained(folder / "hf")
+
+
+def run(system: System, case: str) -> dict[str, Any]:
+    """One measurement of one case."""
+    if case == "load":
+        return {"ms": _timed(system.load)}
+    if not getattr(system, "is_loaded", False):
+        system.load()
+        system.is_loaded = True  # type: ignore[attr-defined]
+    ids = np.random.default_rng(0).integers(10, 50000, SHAPES[case])
+    if case.startswith("prefill"):
+        return {"ms": _timed(lambda: system.prefill(ids))}
+    if case.startswith("train"):
+        return {"ms": _timed(lambda: system.train(ids))}
+    return {"ms": _timed(lambda: system.decode(ids, NEW_TOKENS)) / NEW_TOKENS}
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
+
+
+def main() -> None:
+    """`NAME FOLDER THREADS`, or `prepare FOLDER 1`."""
+    name, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if name == "prepare":
+        prepare(folder)
+        return
+    system = SYSTEMS[name](folder, threads)
+    for line in sys.stdin:
+        try:
+            answer = run(system, line.strip())
+        except LookupError as why:
+            answer = {"skip": str(why)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(json.dumps({**answer, **system.facts, "peak_mib": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

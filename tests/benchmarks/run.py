@@ -1,0 +1,154 @@
+"""Time opt_torch beside its peers: `python -m tests.benchmarks.run --help`.
+
+Every peer is a process of its own on the same weights. The driver asks one after the other for one
+measurement at a time, round after round, so that whatever else the machine does meets all of them.
+It prints one JSON line per peer and case, then a table of ratios to the best other peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CASES = {
+    "load": "import of ours and load of 125M, without the framework's own import",
+    "prefill-1x512": "one pass over 512 tokens, all logits",
+    "prefill-8x128": "one pass over 8 rows of 128 tokens, all logits",
+    "decode-1": "32 tokens of prompt and 128 new ones, a token",
+    "decode-8": "8 rows of 32 tokens of prompt and 128 new ones, a step",
+    "train-4x256": "forward, backward and AdamW on 4 rows of 256 tokens",
+}
+PEERS = (
+    "opt_torch",
+    "opt_torch-bf16",
+    "transformers",
+    "transformers-bf16",
+    "ctranslate2",
+    "ctranslate2-int8",
+)
+
+
+class Measured(NamedTuple):
+    """One peer's milliseconds in one case, over all rounds."""
+
+    peer: str
+    case: str
+    milliseconds: list[float]
+    facts: dict[str, Any]
+
+    @property
+    def median(self) -> float:
+        """The middle of the rounds."""
+        return statistics.median(self.milliseconds)
+
+
+class Peer:
+    """A process that answers with one measurement for each case that it is asked."""
+
+    def __init__(self, name: str, folder: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.peer", name, str(folder), str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, case: str) -> dict[str, Any]:
+        """One measurement: `{"ms": …}` and facts, or `{"skip": why}`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"skip": "the process ended"}
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(
+    peers: list[str], cases: list[str], rounds: int, folder: Path, threads: int
+) -> list[Measured]:
+    """All peers, interleaved. The first answer of each warms up and does not count."""
+    result: dict[tuple[str, str], Measured] = {}
+    for case in cases:
+        running = {name: Peer(name, folder, threads) for name in peers}
+        for turn in range(rounds + (case != "load")):
+            for name in peers:
+                if case == "load" and turn:  # loading is measured in a fresh process
+                    running[name].close()
+                    running[name] = Peer(name, folder, threads)
+                answer = running[name].ask(case)
+                if "skip" in answer or (case != "load" and turn == 0):
+                    continue
+                entry = result.setdefault((name, case), Measured(name, case, [], {}))
+                entry.milliseconds.append(answer.pop("ms"))
+                entry.facts.update(answer)
+        for peer in running.values():
+            peer.close()
+    return list(result.values())
+
+
+def table(measured: list[Measured]) -> str:
+    """Markdown: median milliseconds, spread, and the ratio to the best peer that is not ours."""
+    lines = [
+        "| case | peer | ms, median (min-max) | x best peer | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(m.case for m in measured):
+        rows = sorted((m for m in measured if m.case == case), key=lambda m: m.median)
+        others = [m.median for m in rows if not m.peer.startswith("opt_")]
+        for m in rows:
+            ratio = f"{m.median / min(others):.2f}" if others else ""
+            spread = f"{m.median:.1f} ({min(m.milliseconds):.1f}-{max(m.milliseconds):.1f})"
+            lines.append(f"| {case} | {m.peer} | {spread} | {ratio} | {m.facts['peak_mib']} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The processor and how many of them."""
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.processor(),
+    )
+    return f"{model}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--folder", type=Path, help="keep the checkpoints here between runs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.peer", "prepare", str(folder), "1"], check=True
+        )
+        measured = measure(args.peers, args.cases, args.rounds, folder, args.threads)
+    for m in measured:
+        line = {"case": m.case, "peer": m.peer, "ms": m.median, "all_ms": m.milliseconds, **m.facts}
+        print(json.dumps(line))
+    print(f"\n{machine()}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}\n")
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.run
 
 # Rewrites the tables that come from code; the suite compares them.
 docs: $(VENV)/.dev

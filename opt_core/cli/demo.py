@@ -87,8 +87,8 @@ def report(outcomes: list[Outcome], tokenizer: Any) -> int:
     out = terminal.console()
 
     def text(tokens: list[int]) -> str:
-        shown: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        return " / ".join(shown.split("\n"))
+        lines = tokenizer.decode(tokens, skip_special_tokens=True).split("\n")
+        return " / ".join(line.strip() for line in lines if line.strip())
 
     rows = [
         [o.title, f"{o.error:.1e}", text(o.greedy), text(o.sampled), f"{o.tokens_per_second:.0f}"]

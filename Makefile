@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+.DELETE_ON_ERROR:
 .PHONY: demo test test-deep lint format bench docs clean
 
 demo: $(VENV)/.demo

@@ -91,6 +91,24 @@ class Cache:
         """The number of tokens held."""
         return int(self.length)
 
+    def fixed(self) -> Cache:
+        """This cache with fixed shapes, over the same buffers; it takes over the right to write."""
+        new = Cache(len(self.keys), self.capacity)
+        new.keys, new.values = self.keys, self.values
+        key = self.keys[0]
+        assert key is not None
+        new.start, new.length = torch.tensor([self.start, self.length], device=key.device).unbind()
+        self._take_right_to_write()
+        return new
+
+    def counted(self) -> Cache:
+        """The cache as it reads outside a compiled program: the tokens held, and no more."""
+        if isinstance(self.length, int):
+            return self
+        new = Cache(len(self.keys), self.capacity)
+        new.keys, new.values, new.length = self.keys, self.values, int(self.length)
+        return new
+
     def extended(self, tokens: int) -> Cache:
         """The cache for a call that adds tokens to this one; this one reads as before."""
         new = Cache(len(self.keys), self.capacity)
@@ -130,11 +148,12 @@ class Cache:
         if not self.capacity:
             return new
         B, H, _, D = new.shape
-        return new.new_empty(B, H, self.capacity, D)
+        # Zeros: where shapes are fixed, what is not filled is multiplied by a weight of zero.
+        return new.new_zeros(B, H, self.capacity, D)
 
     def _copied(self, old: Tensor) -> Tensor:
         B, H, _, D = old.shape
-        room = old.new_empty(B, H, self.capacity, D)
+        room = old.new_zeros(B, H, self.capacity, D)
         room[:, :, : self.start] = old[:, :, : self.start]
         return room
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -16,6 +17,7 @@ from opt_torch.linear import linear
 from opt_torch.packed import PackedDecoder, packed
 
 State = DecodeState[Tensor, Cache]
+FixedStep = Callable[[Any, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]
 
 
 class Streamer(Protocol):
@@ -42,6 +44,7 @@ class GenerationMixin:
         attention_mask: Tensor | None = None,
         streamer: Streamer | Callable[[Tensor], None] | None = None,
         tokenizer: Sized | None = None,
+        compiled: bool | str = False,
         **options: Any,
     ) -> Tensor | GenerateOutput:
         """Continue every row: `[B, P]` int -> `[B, P + n]`, the prompt included.
@@ -50,7 +53,9 @@ class GenerationMixin:
         else from the model's own. Padding may be on either side and changes nothing. New tokens
         come after column P; a row that has chosen a stop token is filled with the pad id. Without
         `input_ids` every text starts with the bos token. `streamer` is called with the tokens `[B]`
-        of each step. With a `tokenizer`, ids that it does not know are never chosen. With
+        of each step. With a `tokenizer`, ids that it does not know are never chosen. `compiled`
+        runs each step through `torch.compile` (True, or the name of a backend): its shapes are
+        those of `Plan`, so one program serves every text of about the same length. With
         `return_dict_in_generate` the result is a record with `sequences` and `past_key_values`.
 
         Raises:
@@ -58,6 +63,8 @@ class GenerationMixin:
                 is computed), or scores that are NaN.
         """
         run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
+        if compiled:
+            run = run.compiled_by("inductor" if compiled is True else compiled)
         put, end = _receiver(streamer, run.prompt)
         state = None
         for state in run.states():
@@ -66,7 +73,7 @@ class GenerationMixin:
         assert state is not None
         sequences = state.tokens[:, : state.length]
         if run.generation.return_dict_in_generate:
-            return GenerateOutput(sequences=sequences, past_key_values=state.cache)
+            return GenerateOutput(sequences=sequences, past_key_values=state.cache.counted())
         return sequences
 
     def stream(
@@ -108,6 +115,7 @@ class _Run(NamedTuple):
     uniforms: Tensor | None  # float64 [B, N]; None for a greedy choice
     known: int  # ids from here on are never chosen
     packed: PackedDecoder | None  # the fast form of the decoder, where there is one
+    program: FixedStep | None  # the compiled step, if it was asked for
 
     @classmethod
     def of(
@@ -135,7 +143,17 @@ class _Run(NamedTuple):
             drawn = torch.from_numpy(numbers).to(prompt.device)
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         form = packed(model, planned.max_new_tokens) if merged.use_cache else None
-        return cls(model, merged, planned, prompt, shown, drawn, known, form)
+        return cls(model, merged, planned, prompt, shown, drawn, known, form, None)
+
+    def compiled_by(self, backend: str) -> _Run:
+        """The same run with its steps compiled.
+
+        Raises:
+            ValueError: it has no cache, so that its shapes grow.
+        """
+        if not self.generation.use_cache:
+            raise ValueError("compiled steps need the cache: leave use_cache at True")
+        return self._replace(packed=None, program=_compiled(backend))
 
     def states(self) -> Iterator[State]:
         """The state after each choice."""
@@ -165,7 +183,8 @@ def prefill(run: _Run) -> tuple[State, Tensor]:
         mask=mask,
         cache=Cache(run.model.config.num_hidden_layers, capacity=S),
     )
-    return _whole_pass(run, state)
+    state, scores = _whole_pass(run, state)
+    return (state if run.program is None else state._replace(cache=state.cache.fixed())), scores
 
 
 def step(run: _Run, state: State) -> tuple[State, Tensor]:
@@ -173,9 +192,44 @@ def step(run: _Run, state: State) -> tuple[State, Tensor]:
     if not run.generation.use_cache:
         return _whole_pass(run, state)
     newest = state.tokens[:, state.length - 1, None]  # [B, 1]
-    hidden, cache = _decode(run, newest, state.positions[:, None], state)
+    positions = state.positions[:, None]
+    if run.program is not None:
+        # Contiguous, since the stride of a column would tell the program how long the text gets.
+        newest = newest.contiguous()
+        scores, cache = run.program(run.model, newest, positions, state.mask, state.cache)
+        return state._replace(cache=cache, positions=state.positions + 1), scores
+    hidden, cache = _decode(run, newest, positions, state)
     state = state._replace(cache=cache, positions=state.positions + 1)
     return state, _scores(run, hidden[:, -1])
+
+
+def fixed_step(
+    model: Any, newest: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+) -> tuple[Tensor, Cache]:
+    """A step whose shapes do not depend on how far it is.
+
+    `[B, 1]` tokens and positions, bool `[B, S]` mask -> `[B, V]` scores. The cache is one of fixed
+    shapes, and is written in place.
+    """
+    decoder: Decoder = model.model.decoder
+    cache = cache.extended(1)
+    embeds = decoder.embed_tokens(newest)
+    attend = choose(
+        model.attn_implementation,
+        Visible(cache.start, 1, mask.shape[1], mask),
+        dropout=0.0,
+        weights=False,
+        dtype=embeds.dtype,
+        device=embeds.device,
+    )
+    nothing: list[Tensor | None] = [None] * len(decoder.layers)
+    out = decoder(embeds, positions, attend, cache, nothing, False)
+    return model.lm_head(out.last[:, -1]), cache
+
+
+@lru_cache(maxsize=8)
+def _compiled(backend: str) -> FixedStep:
+    return torch.compile(fixed_step, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _whole_pass(run: _Run, state: State) -> tuple[State, Tensor]:

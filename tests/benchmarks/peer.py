@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from opt_core import __version__
+
 SHAPES = {
     "prefill-1x512": (1, 512),
     "prefill-8x128": (8, 128),
@@ -75,7 +77,7 @@ class Ours(Torch):
     def __init__(self, folder: Path, threads: int, dtype: str, **generate: Any) -> None:
         super().__init__(folder, threads, dtype)
         self.generate = generate
-        self.facts |= {"optlm": version("optlm")}
+        self.facts |= {"optlm": __version__}
 
     def load(self) -> None:
         from opt_torch import OPTForCausalLM
@@ -98,7 +100,8 @@ class Transformers(Torch):
     def load(self) -> None:
         from transformers import OPTForCausalLM
 
-        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype).eval()
+        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
+        self.model.train(False)
 
     def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
         batch = self.torch.from_numpy(ids)
@@ -118,7 +121,7 @@ class CTranslate2:
         import ctranslate2
 
         self.library, self.threads, self.compute_type = ctranslate2, threads, compute_type
-        self.folder = folder / f"ct2-{compute_type}"
+        self.folder = folder / "ct2"
         self.facts = {"ctranslate2": ctranslate2.__version__, "dtype": compute_type}
 
     def load(self) -> None:
@@ -127,11 +130,11 @@ class CTranslate2:
         )
 
     def prefill(self, ids: np.ndarray[Any, Any]) -> None:
-        self.generator.forward_batch([[f"t{i}" for i in row] for row in ids.tolist()])
+        self.generator.forward_batch(_words(ids))
 
     def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
         self.generator.generate_batch(
-            [[f"t{i}" for i in row] for row in ids.tolist()],
+            _words(ids),
             max_length=count,
             min_length=count,
             include_prompt_in_result=False,
@@ -139,6 +142,11 @@ class CTranslate2:
 
     def train(self, ids: np.ndarray[Any, Any]) -> None:
         raise LookupError("CTranslate2 does not train")
+
+
+def _words(ids: np.ndarray[Any, Any]) -> list[list[str]]:
+    """CTranslate2 takes tokens by name."""
+    return [[f"t{i}" for i in row] for row in ids.tolist()]
 
 
 SYSTEMS: dict[str, Callable[[Path, int], System]] = {
@@ -157,9 +165,32 @@ def prepare(folder: Path) -> None:
 
     from opt_torch import OPTConfig, OPTForCausalLM
 
-    if not (folder / "hf").exists():
-        torch.manual_seed(0)
-        OPTForCausalLM(OPTConfig()).save_pretrained(folder / "hf")
+    if (folder / "ct2").exists():
+        return
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig()).save_pretrained(folder / "hf")
+    _name_tokens(folder / "hf")
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
+
+
+def _name_tokens(folder: Path) -> None:
+    """A tokenizer of made-up words, which CTranslate2's converter wants beside the weights."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    words = special + [f"t{i}" for i in range(len(special), 50272)]
+    known = {word: i for i, word in enumerate(words)}
+    kind: Any = PreTrainedTokenizerFast
+    kind(
+        tokenizer_object=Tokenizer(models.WordLevel(known, unk_token="<unk>")),
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
 
 
 def run(system: System, case: str) -> dict[str, Any]:

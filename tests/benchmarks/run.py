@@ -45,6 +45,16 @@ class Measured(NamedTuple):
     facts: dict[str, Any]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this is optlm."""
+        return self.peer.startswith("opt_")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it computed in float32."""
+        return self.facts.get("dtype") == "float32"
+
+    @property
     def median(self) -> float:
         """The middle of the rounds."""
         return statistics.median(self.milliseconds)
@@ -99,15 +109,18 @@ def measure(
 
 
 def table(measured: list[Measured]) -> str:
-    """Markdown: median milliseconds, spread, and the ratio to the best peer that is not ours."""
+    """Markdown: median milliseconds, spread, and the ratio to the best peer that is not ours.
+
+    Float32 is compared with float32, smaller types with the best of the others' smaller types.
+    """
     lines = [
         "| case | peer | ms, median (min-max) | x best peer | peak MiB |",
         "|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(m.case for m in measured):
         rows = sorted((m for m in measured if m.case == case), key=lambda m: m.median)
-        others = [m.median for m in rows if not m.peer.startswith("opt_")]
         for m in rows:
+            others = [o.median for o in rows if not o.is_ours and o.is_whole == m.is_whole]
             ratio = f"{m.median / min(others):.2f}" if others else ""
             spread = f"{m.median:.1f} ({min(m.milliseconds):.1f}-{max(m.milliseconds):.1f})"
             lines.append(f"| {case} | {m.peer} | {spread} | {ratio} | {m.facts['peak_mib']} |")

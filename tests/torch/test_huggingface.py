@@ -1,6 +1,7 @@
 """Hugging Face transformers as an outside oracle: the same weights, files read both ways."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ from tests.tolerances import TIMES_TRANSFORMERS, assert_near, error
 from tests.wings import Wing
 
 transformers: Any = pytest.importorskip("transformers")
-transformers.logging.disable_progress_bar()
 #: What transformers cannot represent.
 THEIRS = [name for name in SWITCHES if name != "pruned"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence() -> Iterator[None]:
+    """No bars of transformers, which would take those of huggingface_hub along for all tests."""
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
 
 
 def theirs(head: Head, folder: Path, **options: Any) -> Any:

@@ -132,7 +132,7 @@ def test_the_metadata_says_version_licence_and_extras(wheel: Path) -> None:
         assert f"Provides-Extra: {wing.extra}" in head
 
 
-def test_the_source_distribution_can_be_built_and_tested(built: Path) -> None:
+def test_the_source_distribution_holds_what_a_build_needs(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}

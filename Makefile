@@ -40,20 +40,22 @@ clean:
 
 # A stamp is newer than what it was installed from, so a second run installs nothing.
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch]'
+	@echo 'installing into $(VENV), once'
+	@$(PIP) --editable '.[torch]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch,dev]'
+	@echo 'installing into $(VENV), once'
+	@$(PIP) --editable '.[torch,dev]'
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) --editable '.[torch,dev,bench]'
+	@$(PIP) --editable '.[torch,dev,bench]'
 	@touch $@
 
 # Where the system's Python comes without ensurepip, its own pip fills the environment.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'optlm needs Python 3.11 or newer; name one with make PYTHON=...' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 	  && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }

@@ -15,9 +15,10 @@ pipeline_tag: text-generation
 
 A small OPT for demonstrations and tests: {parameters:,} parameters, trained from nothing on one
 text by `docs/examples/train_tiny_opt.py` of optlm. It writes what looks like its source and knows
-nothing else. Architecture as in Meta's OPT (norms before each block, ReLU, learned positions, tied
-embeddings): {layers} layers of width {hidden_size}, {heads} heads, {context} positions. The
-tokenizer is a byte-level BPE laid out as OPT's, trained on the same text. Weights are float16.
+nothing else. The architecture is that of Meta's OPT (norms before each block, ReLU, learned
+positions, tied embeddings): {layers} layers of width {hidden_size}, {heads} heads, {context}
+positions. The tokenizer is a byte-level BPE laid out as OPT's, trained on the same part of the
+text. Weights are float16.
 
 ## Text
 
@@ -58,7 +59,7 @@ rounding differs, and the losses with it in the last digits.
 | training, with dropout, mean over the steps before step {step:,} | {train:.4f} | | |
 | held-out part, whole | {held_out[nats_per_token]:.4f} | {held_out[perplexity]:.2f} | \
 {held_out[bits_per_character]:.4f} |
-| its first {excerpt[characters]:,} characters | {excerpt[nats_per_token]:.4f} | \
+| the first {excerpt[characters]:,} characters of it | {excerpt[nats_per_token]:.4f} | \
 {excerpt[perplexity]:.2f} | {excerpt[bits_per_character]:.4f} |
 
 Held-out figures are those of the float16 weights in this folder, computed in float32, as

@@ -64,7 +64,7 @@ class Recipe:
     context: int = 256
     dropout: float = 0.2
     rows_per_step: int = 16
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1

@@ -18,6 +18,7 @@ from opt_torch.models import (
     OPTModel,
     OPTPreTrainedModel,
 )
+from opt_torch.weights import shard
 
 __all__ = [
     "Cache",
@@ -29,4 +30,5 @@ __all__ = [
     "OPTModel",
     "OPTPreTrainedModel",
     "__version__",
+    "shard",
 ]

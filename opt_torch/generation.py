@@ -15,6 +15,7 @@ from opt_torch.attention import Visible, choose
 from opt_torch.decoder import Cache, Decoder, positions_of
 from opt_torch.linear import linear
 from opt_torch.packed import PackedDecoder, packed
+from opt_torch.weights import agreed
 
 State = DecodeState[Tensor, Cache]
 FixedStep = Callable[[Any, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]
@@ -140,7 +141,7 @@ class _Run(NamedTuple):
         drawn = None
         if merged.do_sample:
             numbers = uniforms(merged.seed, len(prompt), planned.max_new_tokens)[..., 0]
-            drawn = torch.from_numpy(numbers).to(prompt.device)
+            drawn = agreed(torch.from_numpy(numbers).to(prompt.device), model.lm_head.weight)
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         form = packed(model, planned.max_new_tokens) if merged.use_cache else None
         return cls(model, merged, planned, prompt, shown, drawn, known, form, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opt_torch.decoder import SelfAttention
+from opt_torch.weights import check_whole
 
 if TYPE_CHECKING:
     from opt_torch.models.base import OPTPreTrainedModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def resize(model: OPTPreTrainedModel, size: int) -> None:
     """Give the embedding, and an untied head, `size` rows."""
+    check_whole(model, "resizing the vocabulary")
     old = model.config
     config = old.replace(vocab_size=size).locked()
     config._attn_implementation = model.attn_implementation
@@ -40,6 +42,7 @@ def resize(model: OPTPreTrainedModel, size: int) -> None:
 
 def prune(model: OPTPreTrainedModel, heads: Mapping[int, Iterable[int]]) -> None:
     """Cut the rows of q, k and v, and the columns of the output projection, of the named heads."""
+    check_whole(model, "pruning heads")
     old = model.config
     pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
     for layer, gone in heads.items():

@@ -44,6 +44,12 @@ class Measured(NamedTuple):
     milliseconds: list[float]
     facts: dict[str, Any]
 
+    def line(self) -> str:
+        """The record of this measurement, JSON in one line."""
+        record = {"case": self.case, "peer": self.peer, "ms": round(self.median, 2)}
+        every = [round(ms, 2) for ms in self.milliseconds]
+        return json.dumps({**record, "all_ms": every, **self.facts})
+
     @property
     def is_ours(self) -> bool:
         """Whether this is optlm."""
@@ -89,8 +95,9 @@ def measure(
     peers: list[str], cases: list[str], rounds: int, folder: Path, threads: int
 ) -> list[Measured]:
     """All peers, interleaved. The first answer of each warms up and does not count."""
-    result: dict[tuple[str, str], Measured] = {}
+    result: list[Measured] = []
     for case in cases:
+        found: dict[str, Measured] = {}
         running = {name: Peer(name, folder, threads) for name in peers}
         for turn in range(rounds + (case != "load")):
             for name in peers:
@@ -100,12 +107,15 @@ def measure(
                 answer = running[name].ask(case)
                 if "skip" in answer or (case != "load" and turn == 0):
                     continue
-                entry = result.setdefault((name, case), Measured(name, case, [], {}))
+                entry = found.setdefault(name, Measured(name, case, [], {}))
                 entry.milliseconds.append(answer.pop("ms"))
                 entry.facts.update(answer)
         for peer in running.values():
             peer.close()
-    return list(result.values())
+        for entry in found.values():
+            print(entry.line(), flush=True)
+        result += found.values()
+    return result
 
 
 def table(measured: list[Measured]) -> str:
@@ -156,9 +166,6 @@ def main() -> None:
             [sys.executable, "-m", "tests.benchmarks.peer", "prepare", str(folder), "1"], check=True
         )
         measured = measure(args.peers, args.cases, args.rounds, folder, args.threads)
-    for m in measured:
-        line = {"case": m.case, "peer": m.peer, "ms": m.median, "all_ms": m.milliseconds, **m.facts}
-        print(json.dumps(line))
     print(f"\n{machine()}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}\n")
     print(table(measured))
 

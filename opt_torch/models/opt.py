@@ -287,7 +287,9 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
             True,
             position_ids=position_ids,
         )
-        start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)  # [B, T] twice
+        scores = self.qa_outputs(out.last_hidden_state)  # [B, T, 2]
+        # Tensors of their own: FSDP2 warns of outputs that are views.
+        start, end = (part.clone() for part in scores.unbind(-1))  # [B, T] twice
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = losses.question_answering_loss(start, end, start_positions, end_positions)

@@ -574,6 +574,14 @@ def test_the_draws_of_the_demo_lie_far_enough_from_their_edges_to_be_compared() 
         assert min(margin for _, margin in steps) > 1e-4
 
 
+def test_the_demo_takes_one_thread_and_gives_the_others_back() -> None:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    with backends.WINGS["torch"].one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
 def test_without_a_wing_the_demo_says_how_to_add_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

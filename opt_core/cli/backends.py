@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,8 @@ class Wing(NamedTuple):
     extra: str
     #: From a folder or file, the name of a type or None, and a device or None.
     load: Callable[[Path, str | None, str | None], Backend]
+    #: Computes on one thread for a while: for tiny models more threads cost more than they bring.
+    one_thread: Callable[[], AbstractContextManager[None]]
 
     @property
     def is_installed(self) -> bool:
@@ -138,12 +141,24 @@ class TorchModel:
         return (int(tokens[0]) for tokens in steps)
 
 
+@contextmanager
+def _torch_on_one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 #: The reference's name, beside those of the wings.
 NUMPY = "numpy"
 
 #: Every wing by the name that `--backend` takes; the first that is installed is the default.
 WINGS: Mapping[str, Wing] = {
-    "torch": Wing("PyTorch", "torch", "torch", TorchModel),
+    "torch": Wing("PyTorch", "torch", "torch", TorchModel, _torch_on_one_thread),
 }
 
 

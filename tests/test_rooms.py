@@ -252,3 +252,29 @@ def test_sources_hold_no_unfinished_work_and_no_blanket_ignores() -> None:
 
 def test_wings_read_no_environment_and_print_nothing() -> None:
     assert findings(of(*WINGS), r"(?<!\w)print\(|os\.environ|os\.getenv|getLogger") == []
+
+
+def literals(tree: ast.AST) -> list[str]:
+    return [
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+
+
+def test_every_error_of_a_wing_has_a_test_that_quotes_it() -> None:
+    length = 12
+    quoted: set[str] = set()
+    for path in TESTS:
+        for text in literals(ast.parse(path.read_text())):
+            plain = text.replace("\\", "")
+            quoted.update(plain[i : i + length] for i in range(len(plain) - length + 1))
+    untested = [
+        f"{named(path)}:{node.lineno}: {texts[0]}"
+        for path in of(*WINGS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and node.exc is not None
+        if (texts := [text for text in literals(node.exc) if len(text) >= length])
+        and not any(
+            text[i : i + length] in quoted for text in texts for i in range(len(text) - length + 1)
+        )
+    ]
+    assert untested == []

@@ -359,3 +359,21 @@ def positions_of(mask: Tensor, queries: int) -> Tensor:
     """
     counted = mask.long()
     return (counted.cumsum(1) * counted - 1)[:, -queries:]
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Look for ids outside the vocabulary, where looking does not stall an accelerator.
+
+    Raises:
+        ValueError: there is one; names it and its place.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    least, most = (int(x) for x in torch.aminmax(ids))
+    if least < 0 or most >= vocab_size:
+        wrong = least if least < 0 else most
+        row, place = (int(x) for x in (ids == wrong).nonzero()[0])
+        raise ValueError(
+            f"input_ids hold {wrong} in row {row} at place {place}; the vocabulary goes from 0 to "
+            f"{vocab_size - 1}: was the text encoded for another model?"
+        )

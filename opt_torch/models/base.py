@@ -185,8 +185,14 @@ class OPTPreTrainedModel(nn.Module):
         `push_to_hub`; `repo_id` is the folder's name if not given).
 
         Raises:
-            ValueError: a bad shard size, or a parameter is not there (an adapter took its place).
+            ValueError: a bad shard size, an unknown option, or a parameter is not there (an adapter
+                took its place).
         """
+        if hub_options and not push_to_hub:
+            raise ValueError(
+                f"save_pretrained has no option {', '.join(hub_options)} unless push_to_hub=True; "
+                "what it writes is always safetensors"
+            )
         config = self.config.replace(architectures=[type(self).__name__], dtype=_name(self.dtype))
         if config.pruned_heads:
             warnings.warn(

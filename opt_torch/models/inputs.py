@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opt_core.config import OPTConfig
 from opt_torch.attention import Visible
-from opt_torch.decoder import Cache, positions_of
+from opt_torch.decoder import Cache, check_ids, positions_of
 
 
 class Inputs(NamedTuple):
@@ -80,22 +80,8 @@ def check_tokens(
     if 0 in tokens.shape[:2]:
         raise ValueError(f"the input is empty: {tuple(tokens.shape)}; give at least one token")
     if input_ids is not None:
-        _check_ids(input_ids, config.vocab_size)
+        check_ids(input_ids, config.vocab_size)
     return tokens
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Name an id that is not in the vocabulary, where looking does not stall an accelerator."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    least, most = (int(x) for x in torch.aminmax(ids))
-    if least < 0 or most >= vocab_size:
-        wrong = least if least < 0 else most
-        row, place = (int(x) for x in (ids == wrong).nonzero()[0])
-        raise ValueError(
-            f"input_ids hold {wrong} in row {row} at place {place}; the vocabulary goes from 0 to "
-            f"{vocab_size - 1}: was the text encoded for another model?"
-        )
 
 
 def _shown(mask: Tensor | None, B: int, held: int, T: int) -> Tensor | None:

@@ -174,6 +174,27 @@ def test_a_hook_sees_every_step_of_generation() -> None:
     assert len(seen) == 40
 
 
+@needs_operators
+def test_streamed_tokens_come_from_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = build(), 0
+    call = packed.PackedDecoder.__call__
+
+    def counted(*inputs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return call(*inputs)
+
+    monkeypatch.setattr(packed.PackedDecoder, "__call__", counted)
+    streamed = list(model.stream(PROMPT, attention_mask=MASK, max_new_tokens=40, eos_token_id=None))
+    assert torch.equal(torch.stack(streamed, 1), plain_tokens(model)[:, PROMPT.shape[1] :])
+    assert steps == 40
+
+
+def test_a_stream_refuses_bad_options_before_its_first_token() -> None:
+    with pytest.raises(ValueError, match="max_position_embeddings is 128"):
+        build().stream(PROMPT, max_new_tokens=1000)
+
+
 def test_few_tokens_are_not_worth_packing() -> None:
     with torch.no_grad():
         assert packed.packed(build(), packed.WORTH_PACKING - 1) is None

@@ -1,4 +1,4 @@
-"""Decoding: one pass over the prompt, then one step a token over a cache of fixed room."""
+"""`generate` and `stream`: prefill, then one step and one choice for each token."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from opt_core.generation import DecodeState, GenerationConfig, Plan, plan, uniforms
+from opt_core.generation import GenerationConfig, Plan, plan, uniforms
 from opt_core.outputs import GenerateOutput
 from opt_torch.attention import Visible, choose
-from opt_torch.decoder import Cache, Decoder, positions_of
+from opt_torch.decoder import Cache, Decoder, check_ids, positions_of
+from opt_torch.generation.rules import State, draw, ruled
 from opt_torch.linear import linear
 from opt_torch.packed import PackedDecoder, packed
 from opt_torch.weights import agreed
 
-State = DecodeState[Tensor, Cache]
 FixedStep = Callable[[Any, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]
 
 
@@ -87,14 +87,9 @@ class GenerationMixin:
         **options: Any,
     ) -> Iterator[Tensor]:
         """As `generate`, but an iterator over the tokens `[B]` of each step."""
-        run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
-        states = run.states()
-        while True:
-            with torch.no_grad():
-                state = next(states, None)
-            if state is None:
-                return
-            yield state.tokens[:, state.length - 1]
+        with torch.no_grad():
+            run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
+        return _newest_tokens(run.states())
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, **inputs: Any
@@ -130,7 +125,7 @@ class _Run(NamedTuple):
     ) -> _Run:
         config = model.config
         merged = (generation or model.generation_config).merged(**options)
-        prompt = _prompt(input_ids, merged, model.device)
+        prompt = _prompt(input_ids, merged, config.vocab_size, model.device)
         shown = _shown(prompt, attention_mask, merged.padding_id)
         lengths = shown.sum(1).tolist() if shown is not None else [prompt.shape[1]] * len(prompt)
         planned = plan(merged, config, prompt_length=prompt.shape[1], row_lengths=lengths)
@@ -166,6 +161,16 @@ class _Run(NamedTuple):
                 return
             if count + 1 < self.plan.max_new_tokens:
                 state, scores = step(self, state)
+
+
+def _newest_tokens(states: Iterator[State]) -> Iterator[Tensor]:
+    while True:
+        # Not around the loop: between two tokens the caller's own code runs.
+        with torch.no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state.tokens[:, state.length - 1]
 
 
 def prefill(run: _Run) -> tuple[State, Tensor]:
@@ -274,7 +279,13 @@ def _scores(run: _Run, last: Tensor) -> Tensor:
 
 def select(run: _Run, state: State, scores: Tensor, count: int) -> State:
     """Choose the token of every row from its scores, and note it."""
-    scores = _ruled(run, state, scores, count)
+    scores = ruled(
+        scores,
+        state,
+        run.generation,
+        known=run.known,
+        suppresses_stops=count < run.plan.min_new_tokens,
+    )
     # Of equal scores argmax takes the lowest id.
     chosen = scores.argmax(1) if run.uniforms is None else draw(scores, run.uniforms[:, count])
     if bool(scores.gather(1, chosen[:, None]).isnan().any()):
@@ -290,82 +301,19 @@ def select(run: _Run, state: State, scores: Tensor, count: int) -> State:
     return state._replace(length=state.length + 1, finished=finished)
 
 
-def _ruled(run: _Run, state: State, scores: Tensor, count: int) -> Tensor:
-    """The scores after the active rules, in their order: `[B, V]` -> `[B, V]` float64.
-
-    A rule takes a token out of the choice by -inf. What each means stands in
-    `opt_core.reference.rules`.
-    """
-    asked = run.generation
-    if run.known < scores.shape[1]:
-        scores = scores.index_fill(1, torch.arange(run.known, scores.shape[1]), -torch.inf)
-    if not asked.rules and run.uniforms is None:
-        return scores
-    scores = scores.double()
-    rules: dict[str, Callable[[], Tensor]] = {
-        "repetition_penalty": lambda: _penalised(scores, state, asked.repetition_penalty or 1.0),
-        "min_new_tokens": lambda: _without_stops(scores, asked, count < run.plan.min_new_tokens),
-        "temperature": lambda: scores / (asked.temperature or 1.0),
-        "top_k": lambda: _top_k(scores, asked.top_k or 0),
-        "top_p": lambda: _top_p(scores, 1.0 if asked.top_p is None else asked.top_p),
-        "min_p": lambda: _min_p(scores, asked.min_p or 0.0),
-    }
-    for name in asked.rules:
-        scores = rules[name]()
-    return scores
-
-
-def _penalised(scores: Tensor, state: State, penalty: float) -> Tensor:
-    length = int(state.length)
-    seen = torch.zeros_like(scores, dtype=torch.bool)
-    # Padding may share its id with a real token, so a hidden place must not clear a seen one.
-    rows, places = state.mask[:, :length].nonzero(as_tuple=True)
-    seen[rows, state.tokens[rows, places]] = True
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-
-
-def _without_stops(scores: Tensor, asked: GenerationConfig, active: bool) -> Tensor:
-    if not active:
-        return scores
-    stops = torch.tensor(asked.stops, device=scores.device)
-    return scores.index_fill(1, stops, -torch.inf)
-
-
-def _top_k(scores: Tensor, count: int) -> Tensor:
-    least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
-    return scores.masked_fill(scores < least, -torch.inf)
-
-
-def _top_p(scores: Tensor, mass: float) -> Tensor:
-    # Best first, of equals the lowest id; the sum of a token and all that are no better runs back.
-    ranked, order = scores.sort(dim=1, descending=True, stable=True)
-    up_to = ranked.softmax(1).flip(1).cumsum(1).flip(1)
-    dropped = up_to <= 1 - mass
-    dropped[:, 0] = False
-    return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-
-
-def _min_p(scores: Tensor, share: float) -> Tensor:
-    probability = scores.softmax(1)
-    best, place = probability.max(1, keepdim=True)
-    return scores.masked_fill((probability < share * best).scatter(1, place, False), -torch.inf)
-
-
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution in token order: `[B, V]`, `[B]` -> `[B]`."""
-    cumulative = (scores - scores.amax(1, keepdim=True)).exp().cumsum(1)
-    aim = uniform[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, aim, right=True)[:, 0]
-    return places.clamp(max=scores.shape[1] - 1)
-
-
-def _prompt(input_ids: Tensor | None, generation: GenerationConfig, device: torch.device) -> Tensor:
+def _prompt(
+    input_ids: Tensor | None,
+    generation: GenerationConfig,
+    vocab_size: int,
+    device: torch.device,
+) -> Tensor:
     if input_ids is not None:
         if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or 0 in input_ids.shape:
             raise ValueError(
                 f"input_ids are {input_ids.dtype} {tuple(input_ids.shape)}, expected whole numbers "
                 "(batch, tokens) with at least one token"
             )
+        check_ids(input_ids, vocab_size)
         return input_ids
     if generation.bos_token_id is None:
         raise ValueError("give input_ids, or a bos_token_id to start every text with")

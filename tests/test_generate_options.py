@@ -122,6 +122,11 @@ def test_a_stream_may_be_left_before_its_end(subject: Subject) -> None:
 BAD_PROMPTS: dict[str, tuple[Any, Any, str]] = {
     "one axis": (words(1, 4)[0], None, r"input_ids are .*int64 \(4,\), expected whole numbers"),
     "real numbers": (words(1, 4) * 1.0, None, r"input_ids are .*float64 \(1, 4\), expected whole"),
+    "an id outside the vocabulary": (
+        np.array([[3, 40]]),
+        None,
+        "input_ids hold 40 in row 0 at place 1; the vocabulary goes from 0 to 39",
+    ),
     "no token": (words(1, 4)[:, :0], None, r"\(1, 0\), expected .* with at least one token"),
     "a mask of another shape": (
         words(1, 4),

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opt_core.weights import Head
-from opt_torch import generation, packed
+from opt_torch import packed
 from tests.cases import SWITCHES, Batch, batches, tiny, words
 from tests.subject import MARGIN, Subject
 from tests.wings import Wing
@@ -61,10 +61,13 @@ def test_compiled_steps_give_the_tokens_of_the_reference(
 def test_nothing_is_computed_where_there_is_no_room(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the prompt was fed")
 
-    monkeypatch.setattr(generation, "prefill", refuse)
+    # Every path begins with looking up the embeddings of the prompt.
+    monkeypatch.setattr("torch.nn.functional.embedding", refuse)
+    with pytest.raises(AssertionError, match="the prompt was fed"):
+        subject.generate(words(1, 30), max_new_tokens=2)
     with pytest.raises(
         ValueError, match="the longest prompt has 30 tokens and max_new_tokens is 3"
     ):

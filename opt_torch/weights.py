@@ -133,16 +133,16 @@ def _parameters(
 ) -> dict[str, nn.Parameter]:
     """The parameters of the table by the names of the file: all there, each in one piece."""
     check_whole(model, purpose)
-    result: dict[str, nn.Parameter] = {}
-    for name in (stored_name(name, head) for name in table(config, head)):
-        try:
-            result[name] = model.get_parameter(name)
-        except AttributeError as fault:
+    # By name, not by attribute: an adapter's layer lends out the weight of the one inside it.
+    present = dict(model.named_parameters())
+    names = [stored_name(name, head) for name in table(config, head)]
+    for name in names:
+        if name not in present:
             raise ValueError(
                 f"the model has no parameter {name}: something took the place of its module, such "
                 f"as an adapter; merge or unload adapters before {purpose}"
-            ) from fault
-    return result
+            )
+    return {name: present[name] for name in names}
 
 
 def check_whole(model: nn.Module, purpose: str) -> None:

@@ -220,3 +220,12 @@ def test_a_model_does_not_share_the_configuration_of_its_caller(wing: Wing) -> N
     config.hidden_size = 32
     assert wing.call(model, input_ids=IDS).past_key_values is not None
     assert model.config.hidden_size == 16
+
+
+def test_generation_names_an_id_outside_the_vocabulary(wing: Wing) -> None:
+    config = tiny()
+    model = wing.build(Head.CAUSAL_LM, config, random_weights(config, Head.CAUSAL_LM))
+    ids = words(2, 4)
+    ids[1, 2] = config.vocab_size
+    with pytest.raises(ValueError, match=rf"hold {config.vocab_size} in row 1 at place 2"):
+        wing.generate(model, ids, max_new_tokens=3)

@@ -196,3 +196,9 @@ def test_only_pruned_heads_make_saving_warn(wing: Wing, tmp_path: Path, switch: 
     saved(wing, tmp_path, **SWITCHES[switch])
     with pytest.warns(UserWarning, match="has pruned heads: only optlm loads the saved files"):
         saved(wing, tmp_path / "pruned", **SWITCHES["pruned"])
+
+
+def test_an_option_that_saving_does_not_know_is_refused(wing: Wing, tmp_path: Path) -> None:
+    model = saved(wing, tmp_path)
+    with pytest.raises(ValueError, match="save_pretrained has no option safe_serialization"):
+        model.save_pretrained(tmp_path, safe_serialization=False)

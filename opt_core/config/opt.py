@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from opt_core.config import forms
 from opt_core.config.files import CONFIG_FILE, config_path, read_json
@@ -29,7 +29,7 @@ class OPTConfig:
     """
 
     model_type = "opt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     #: OPT's position table starts with two rows that no position reads (fairseq's padding offset).
     position_offset = 2
     #: PyTorch's default, which metaseq's layer norms never change.

@@ -102,9 +102,6 @@ def test_lora_takes_the_layers_it_knows_and_merges_into_them(wing: Wing, tmp_pat
     np.testing.assert_allclose(again, tuned.numpy(), atol=1e-5)
 
 
-@pytest.mark.xfail(
-    reason="the layer of an adapter passes for the one inside it, and the adapter is lost in saving"
-)
 def test_a_model_under_an_adapter_is_not_saved_as_a_whole(wing: Wing, tmp_path: Path) -> None:
     model = wrapped(build(wing), "LoraConfig")
     with pytest.raises(ValueError, match="something took the place of its module, such as an adap"):

@@ -66,10 +66,6 @@ def test_the_trainer_trains_every_head(wing: Wing, tmp_path: Path, head: Head) -
     assert all(not np.array_equal(after[name], values) for name, values in before.items())
 
 
-@pytest.mark.xfail(
-    raises=TypeError,
-    reason="config.keys_to_ignore_at_inference is a tuple, and the Trainer adds a list to it",
-)
 @pytest.mark.parametrize("head", HEADS[1:])
 def test_the_trainer_evaluates_and_predicts(wing: Wing, tmp_path: Path, head: Head) -> None:
     model = build(wing, head)

@@ -136,7 +136,7 @@ class _Run(NamedTuple):
         drawn = None
         if merged.do_sample:
             numbers = uniforms(merged.seed, len(prompt), planned.max_new_tokens)[..., 0]
-            drawn = agreed(torch.from_numpy(numbers).to(prompt.device), model.lm_head.weight)
+            drawn = agreed(torch.from_numpy(numbers).to(prompt.device), next(model.parameters()))
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         form = packed(model, planned.max_new_tokens) if merged.use_cache else None
         return cls(model, merged, planned, prompt, shown, drawn, known, form, None)

@@ -74,10 +74,10 @@ class Torch:
 class Ours(Torch):
     """opt_torch."""
 
-    def __init__(self, folder: Path, threads: int, dtype: str, **generate: Any) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str, precision: str = "highest") -> None:
         super().__init__(folder, threads, dtype)
-        self.generate = generate
-        self.facts |= {"optlm": __version__}
+        self.torch.set_float32_matmul_precision(precision)
+        self.facts |= {"optlm": __version__, "matmul_precision": precision}
 
     def load(self) -> None:
         from opt_torch import OPTForCausalLM
@@ -85,9 +85,7 @@ class Ours(Torch):
         self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
 
     def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
-        self.model.generate(
-            self.torch.from_numpy(ids), max_new_tokens=count, eos_token_id=None, **self.generate
-        )
+        self.model.generate(self.torch.from_numpy(ids), max_new_tokens=count, eos_token_id=None)
 
 
 class Transformers(Torch):
@@ -151,6 +149,7 @@ def _words(ids: np.ndarray[Any, Any]) -> list[list[str]]:
 
 SYSTEMS: dict[str, Callable[[Path, int], System]] = {
     "opt_torch": lambda folder, n: Ours(folder, n, "float32"),
+    "opt_torch-medium": lambda folder, n: Ours(folder, n, "float32", "medium"),
     "opt_torch-bf16": lambda folder, n: Ours(folder, n, "bfloat16"),
     "transformers": lambda folder, n: Transformers(folder, n, "float32"),
     "transformers-bf16": lambda folder, n: Transformers(folder, n, "bfloat16"),

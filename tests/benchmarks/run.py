@@ -28,6 +28,7 @@ CASES = {
 }
 PEERS = (
     "opt_torch",
+    "opt_torch-medium",
     "opt_torch-bf16",
     "transformers",
     "transformers-bf16",

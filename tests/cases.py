@@ -158,6 +158,16 @@ def labels(head: Head, config: OPTConfig, batch: Batch, seed: int = 0) -> Arrays
     return {}
 
 
+def vanishing(head: Head, config: OPTConfig) -> set[str]:
+    """Weights whose gradients are sums of terms that cancel, wholly or nearly.
+
+    The loss of an answer stays when all places score more, and a bias is added at every place.
+    """
+    if head is not Head.QUESTION_ANSWERING:
+        return set()
+    return {name for name in table(config, head) if name.endswith(".bias")}
+
+
 def expected(head: Head, config: OPTConfig, weights: Mapping[str, Any], **inputs: Any) -> Arrays:
     """What the reference gives: a model's outputs by name, and the output of every module."""
     if head is Head.NONE:

@@ -14,6 +14,7 @@ from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.weights import Head, stored_name
 from tests.cases import HEADS, SWITCHES, configs, random_weights, tiny, words
+from tests.tolerances import assert_near
 from tests.wings import Wing
 
 TYPES = ["float32", "float16", "bfloat16"]
@@ -63,7 +64,8 @@ def test_loading_what_was_saved_gives_the_same_bits(
         wing.call(again, input_ids=ids, return_dict=False, use_cache=False),
         strict=True,
     ):
-        np.testing.assert_array_equal(one, other)
+        # Kernels add in another order where the memory of a file is aligned in another way.
+        assert_near(one, other, "half" if dtype != "float32" else "same program")
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -111,10 +113,8 @@ def test_saving_again_replaces_what_was_there(wing: Wing, tmp_path: Path) -> Non
     for size in ("3KB", "6KB", "5GB"):
         model.save_pretrained(tmp_path, max_shard_size=size)
         loaded = wing.load(Head.CAUSAL_LM, tmp_path)
-        np.testing.assert_array_equal(
-            wing.call(loaded, input_ids=words(1, 4)).logits,
-            wing.call(model, input_ids=words(1, 4)).logits,
-        )
+        found, right = (wing.call(one, input_ids=words(1, 4)).logits for one in (loaded, model))
+        assert_near(found, right, "same program")
     expected = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == expected
 

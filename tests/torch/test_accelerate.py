@@ -11,6 +11,7 @@ import torch
 from opt_core.weights import Head
 from opt_torch import OPTConfig, OPTForCausalLM
 from tests.cases import HEADS, random_weights, tiny, words
+from tests.tolerances import assert_near
 from tests.wings import Wing
 
 accelerate: Any = pytest.importorskip("accelerate")
@@ -70,7 +71,7 @@ def test_blocks_are_never_split_over_devices() -> None:
 def test_a_device_map_places_a_loaded_model(wing: Wing, folder: Path, device_map: Any) -> None:
     model = wing.load(Head.CAUSAL_LM, folder, device_map=device_map)
     assert set(map(str, model.hf_device_map.values())) == {"cpu"}
-    np.testing.assert_array_equal(wing.call(model, input_ids=IDS).logits, right(wing, folder))
+    assert_near(wing.call(model, input_ids=IDS).logits, right(wing, folder), "same program")
     assert wing.generate(model, IDS, max_new_tokens=3).shape[0] == 2
 
 

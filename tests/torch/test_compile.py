@@ -123,6 +123,16 @@ def test_without_padding_a_compiled_pass_keeps_the_causal_kernel(wing: Wing) -> 
     assert seen == [(None, True)] * 2
 
 
+def test_a_pass_with_dropout_is_one_graph(wing: Wing) -> None:
+    model = build(wing, Head.CAUSAL_LM).train()
+    model.config.dropout = model.config.attention_dropout = 0.5
+    backend = Counted()
+    compiled = whole(model, backend)
+    one, other = (compiled(IDS, labels=IDS, use_cache=False).loss for _ in range(2))
+    assert backend.graphs == 1
+    assert one != other
+
+
 def test_gradient_checkpointing_compiles(wing: Wing) -> None:
     model = build(wing, Head.CAUSAL_LM).train()
     model(IDS, labels=IDS).loss.backward()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -71,10 +72,17 @@ def suits(module: nn.Module) -> bool:
 
 
 def is_free() -> bool:
-    """Whether this moment allows private operators: no gradients, tracing, autocast or ban."""
+    """Whether this moment allows private operators.
+
+    It does not while gradients of either direction, a function transform, tracing or autocast must
+    see what is computed, nor where the user has switched oneDNN off.
+    """
     return not (
         torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch.is_autocast_enabled("cpu")
         or not torch.backends.mkldnn.is_available()
         or not torch.backends.mkldnn.enabled

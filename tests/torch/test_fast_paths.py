@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from opt_core.outputs import GenerateOutput
 from opt_torch import Cache, OPTConfig, OPTForCausalLM, linear, packed
@@ -281,3 +282,34 @@ def test_the_cache_of_compiled_steps_reads_as_the_tokens_held() -> None:
 def test_compiled_steps_without_a_cache_are_refused() -> None:
     with pytest.raises(ValueError, match="compiled steps need the cache"):
         tokens(build(), compiled="aot_eager", use_cache=False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("way", ["jvp", "dual numbers", "vmap"])
+@torch.no_grad()
+def test_transforms_of_a_call_see_the_whole_computation(way: str) -> None:
+    model = build()
+    model.set_attn_implementation("eager")  # PyTorch's fused kernel has no forward derivative
+    embeds, tangent = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        output = model(inputs_embeds=inputs, use_cache=False).logits
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    if way == "vmap":
+        both = torch.stack([embeds, tangent])
+        expected = torch.stack([logits(embeds), logits(tangent)])
+        torch.testing.assert_close(torch.func.vmap(logits)(both), expected)
+        return
+    if way == "jvp":
+        slope: Any = torch.func.jvp(logits, (embeds,), (tangent,))[1]
+    else:
+        numbers: Any = forward_ad
+        with numbers.dual_level():
+            slope = numbers.unpack_dual(logits(numbers.make_dual(embeds, tangent))).tangent
+    model.double()
+    step = 1e-6 * tangent.double()
+    exact = (logits(embeds.double() + step) - logits(embeds.double() - step)) / 2e-6
+    assert slope is not None
+    assert (slope - exact).abs().max() < 1e-3 * exact.abs().max()

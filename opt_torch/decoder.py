@@ -95,6 +95,10 @@ class Cache:
         """This cache with fixed shapes, over the same buffers; it takes over the right to write."""
         new = Cache(len(self.keys), self.capacity)
         new.keys, new.values = self.keys, self.values
+        for buffer in (*self.keys, *self.values):
+            assert buffer is not None
+            # Fixed shapes read what nobody has filled; with a weight of zero NaN is still NaN.
+            buffer[:, :, self.length :] = 0
         key = self.keys[0]
         assert key is not None
         new.start, new.length = torch.tensor([self.start, self.length], device=key.device).unbind()
@@ -148,12 +152,11 @@ class Cache:
         if not self.capacity:
             return new
         B, H, _, D = new.shape
-        # Zeros: where shapes are fixed, what is not filled is multiplied by a weight of zero.
-        return new.new_zeros(B, H, self.capacity, D)
+        return new.new_empty(B, H, self.capacity, D)
 
     def _copied(self, old: Tensor) -> Tensor:
         B, H, _, D = old.shape
-        room = old.new_zeros(B, H, self.capacity, D)
+        room = old.new_empty(B, H, self.capacity, D)
         room[:, :, : self.start] = old[:, :, : self.start]
         return room
 

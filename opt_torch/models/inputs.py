@@ -121,7 +121,7 @@ def _positions(
             raise ValueError(f"position_ids are {tuple(given.shape)}, expected {(B, T)}")
         if not torch.compiler.is_compiling():
             _check_reach(int(given.max()), most, least=int(given.min()))
-        return given
+        return given.to(device)
     if shown is None:
         _check_reach(held + T - 1, most)
         return torch.arange(held, held + T, device=device)[None]

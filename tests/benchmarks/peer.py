@@ -118,12 +118,12 @@ class CTranslate2:
     def __init__(self, folder: Path, threads: int, compute_type: str) -> None:
         import ctranslate2
 
-        self.library, self.threads, self.compute_type = ctranslate2, threads, compute_type
+        self.package, self.threads, self.compute_type = ctranslate2, threads, compute_type
         self.folder = folder / "ct2"
         self.facts = {"ctranslate2": ctranslate2.__version__, "dtype": compute_type}
 
     def load(self) -> None:
-        self.generator = self.library.Generator(
+        self.generator = self.package.Generator(
             str(self.folder), compute_type=self.compute_type, intra_threads=self.threads
         )
 

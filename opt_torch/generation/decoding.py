@@ -110,6 +110,7 @@ class _Run(NamedTuple):
     shown: Tensor | None  # bool [B, P]; None where nothing is padded
     uniforms: Tensor | None  # float64 [B, N]; None for a greedy choice
     known: int  # ids from here on are never chosen
+    stops: Tensor  # int [n]: the stop tokens
     packed: PackedDecoder | None  # the fast form of the decoder, where there is one
     program: FixedStep | None  # the compiled step, if it was asked for
 
@@ -138,8 +139,9 @@ class _Run(NamedTuple):
             numbers = uniforms(merged.seed, len(prompt), planned.max_new_tokens)[..., 0]
             drawn = agreed(torch.from_numpy(numbers).to(prompt.device), next(model.parameters()))
         known = config.vocab_size if tokenizer is None else len(tokenizer)
+        stops = torch.tensor(merged.stops, dtype=prompt.dtype, device=prompt.device)
         form = packed(model, planned.max_new_tokens) if merged.use_cache else None
-        return cls(model, merged, planned, prompt, shown, drawn, known, form, None)
+        return cls(model, merged, planned, prompt, shown, drawn, known, stops, form, None)
 
     def compiled_by(self, backend: str) -> _Run:
         """The same run with its steps compiled.
@@ -296,8 +298,7 @@ def select(run: _Run, state: State, scores: Tensor, count: int) -> State:
     chosen = chosen.masked_fill(state.finished, run.generation.fill)
     state.tokens[:, state.length] = chosen
     state.mask[:, state.length] = True
-    stops = torch.tensor(run.generation.stops, dtype=chosen.dtype, device=chosen.device)
-    finished = state.finished | torch.isin(chosen, stops)
+    finished = state.finished | torch.isin(chosen, run.stops)
     return state._replace(length=state.length + 1, finished=finished)
 
 

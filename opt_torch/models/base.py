@@ -24,8 +24,6 @@ from opt_torch.attention import IMPLEMENTATIONS
 from opt_torch.decoder import Decoder
 from opt_torch.models import surgery
 
-_EMBEDDING = "decoder.embed_tokens.weight"
-
 
 class OPTPreTrainedModel(nn.Module):
     """The part of every OPT class that is not its forward pass.

@@ -18,7 +18,7 @@ from opt_core.outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
 )
-from opt_core.weights import Head
+from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME, Head
 from opt_torch.attention import choose
 from opt_torch.decoder import Cache, Decoder, DecoderLayer
 from opt_torch.generation import GenerationMixin
@@ -132,7 +132,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         self.model = OPTModel(self.config)
         self.lm_head = nn.Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self._tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+            self._tied_weights_keys = {LM_HEAD_NAME: EMBEDDING_NAME}
             # One name for one tensor: writers of safetensors refuse two.
             self.register_state_dict_post_hook(_leave_out_tied_head)
             self.register_load_state_dict_pre_hook(_put_back_tied_head)
@@ -331,13 +331,13 @@ def _last_real(
 
 
 def _leave_out_tied_head(_model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    state.pop(f"{prefix}lm_head.weight", None)
+    state.pop(prefix + LM_HEAD_NAME, None)
 
 
 def _put_back_tied_head(_model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    embedding = state.get(f"{prefix}model.decoder.embed_tokens.weight")
+    embedding = state.get(prefix + EMBEDDING_NAME)
     if embedding is not None:
-        state.setdefault(f"{prefix}lm_head.weight", embedding)
+        state.setdefault(prefix + LM_HEAD_NAME, embedding)
 
 
 def _from_tree(kind: type[ModelOutput], values: Any, names: list[str]) -> ModelOutput:

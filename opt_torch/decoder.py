@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opt_core.arguments import unknown_id
 from opt_core.config import ACTIVATIONS, DecoderConfig
 from opt_torch.attention import Attend
 from opt_torch.linear import linear
@@ -376,7 +377,4 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
     if least < 0 or most >= vocab_size:
         wrong = least if least < 0 else most
         row, place = (int(x) for x in (ids == wrong).nonzero()[0])
-        raise ValueError(
-            f"input_ids hold {wrong} in row {row} at place {place}; the vocabulary goes from 0 to "
-            f"{vocab_size - 1}: was the text encoded for another model?"
-        )
+        raise unknown_id(wrong, row, place, vocab_size)

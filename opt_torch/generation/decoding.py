@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from opt_core import arguments
 from opt_core.generation import GenerationConfig, Plan, plan, uniforms
 from opt_core.outputs import GenerateOutput
 from opt_torch.attention import Visible, choose
@@ -291,10 +292,7 @@ def select(run: _Run, state: State, scores: Tensor, count: int) -> State:
     # Of equal scores argmax takes the lowest id.
     chosen = scores.argmax(1) if run.uniforms is None else draw(scores, run.uniforms[:, count])
     if bool(scores.gather(1, chosen[:, None]).isnan().any()):
-        raise ValueError(
-            f"the scores are NaN after {state.length} tokens; do the weights hold NaN or inf, or "
-            "does the model overflow in this dtype?"
-        )
+        raise arguments.nan_scores(int(state.length))
     chosen = chosen.masked_fill(state.finished, run.generation.fill)
     state.tokens[:, state.length] = chosen
     state.mask[:, state.length] = True
@@ -309,15 +307,14 @@ def _prompt(
     device: torch.device,
 ) -> Tensor:
     if input_ids is not None:
-        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or 0 in input_ids.shape:
-            raise ValueError(
-                f"input_ids are {input_ids.dtype} {tuple(input_ids.shape)}, expected whole numbers "
-                "(batch, tokens) with at least one token"
-            )
+        is_float = input_ids.is_floating_point()
+        arguments.check_prompt(
+            arguments.Given(tuple(input_ids.shape), str(input_ids.dtype), is_float)
+        )
         check_ids(input_ids, vocab_size)
         return input_ids
     if generation.bos_token_id is None:
-        raise ValueError("give input_ids, or a bos_token_id to start every text with")
+        raise arguments.missing_prompt()
     return torch.tensor([[generation.bos_token_id]], device=device)
 
 
@@ -325,11 +322,8 @@ def _shown(prompt: Tensor, mask: Tensor | None, padding: int | None) -> Tensor |
     """Bool `[B, P]`, or None where nothing is padded."""
     if mask is None:
         shown = torch.ones_like(prompt, dtype=torch.bool) if padding is None else prompt != padding
-    elif mask.shape != prompt.shape:
-        raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, expected {tuple(prompt.shape)} as input_ids"
-        )
     else:
+        arguments.check_prompt_mask(tuple(mask.shape), tuple(prompt.shape))
         shown = mask.to(prompt.device) != 0
     return None if bool(shown.all()) else shown
 

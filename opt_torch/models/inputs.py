@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opt_core import arguments
 from opt_core.config import OPTConfig
 from opt_torch.attention import Visible
 from opt_torch.decoder import Cache, check_ids, positions_of
@@ -58,102 +59,65 @@ def check_tokens(
     Raises:
         ValueError: both or none, another number of axes, no token, or an id outside the vocabulary.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        found = "neither" if input_ids is None else "both"
-        raise ValueError(f"give either input_ids or inputs_embeds; found {found}")
-    if inputs_embeds is not None:
-        E = config.word_embed_proj_dim
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != E:
-            raise ValueError(
-                f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, tokens, {E}): "
-                "the width of embed_tokens"
-            )
-        tokens = inputs_embeds
-    else:
-        assert input_ids is not None
-        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point:
-            raise ValueError(
-                f"input_ids are {input_ids.dtype} {tuple(input_ids.shape)}, expected whole numbers "
-                "(batch, tokens)"
-            )
-        tokens = input_ids
-    if 0 in tokens.shape[:2]:
-        raise ValueError(f"the input is empty: {tuple(tokens.shape)}; give at least one token")
+    arguments.check_tokens(config, given(input_ids), given(inputs_embeds))
     if input_ids is not None:
         check_ids(input_ids, config.vocab_size)
-    return tokens
+        return input_ids
+    assert inputs_embeds is not None
+    return inputs_embeds
+
+
+def given(values: Tensor | None) -> arguments.Given | None:
+    """A tensor as an error describes it."""
+    if values is None:
+        return None
+    return arguments.Given(tuple(values.shape), str(values.dtype), values.is_floating_point())
 
 
 def _shown(mask: Tensor | None, B: int, held: int, T: int) -> Tensor | None:
     """Bool `[B, past + T]`, or None if nothing is padded."""
     if mask is None:
         return None
-    if mask.shape != (B, held + T):
-        raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, expected {(B, held + T)}: {held} tokens in "
-            f"the cache and {T} new ones"
-        )
+    arguments.check_mask_shape(tuple(mask.shape), B, held, T)
     shown = mask != 0
     if torch.compiler.is_compiling():
         return shown
     if bool(shown.all()) and bool((mask == 1).all()):
         return None
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "attention_mask holds values other than 0 and 1; give 1 for what may be attended to "
-            "and 0 for padding (not a mask to add to scores)"
-        )
+        raise arguments.unknown_mask_values()
     return shown
 
 
 def _positions(
     config: OPTConfig,
-    given: Tensor | None,
+    position_ids: Tensor | None,
     shown: Tensor | None,
     B: int,
     held: int,
     T: int,
     device: torch.device,
 ) -> Tensor:
-    most = config.max_position_embeddings
-    if given is not None:
-        if given.shape not in ((B, T), (1, T)):
-            raise ValueError(f"position_ids are {tuple(given.shape)}, expected {(B, T)}")
+    if position_ids is not None:
+        arguments.check_position_shape(tuple(position_ids.shape), B, T)
         if not torch.compiler.is_compiling():
-            _check_reach(int(given.max()), most, least=int(given.min()))
-        return given.to(device)
+            arguments.check_reach(config, int(position_ids.max()), int(position_ids.min()))
+        return position_ids.to(device)
     if shown is None:
-        _check_reach(held + T - 1, most)
+        arguments.check_reach(config, held + T - 1)
         return torch.arange(held, held + T, device=device)[None]
     positions = positions_of(shown.to(device), T)
-    if held + T > most and not torch.compiler.is_compiling():
-        _check_reach(int(positions.max()), most)
+    if held + T > config.max_position_embeddings and not torch.compiler.is_compiling():
+        arguments.check_reach(config, int(positions.max()))
     return positions
-
-
-def _check_reach(last: int, most: int, least: int = 0) -> None:
-    if last >= most or least < -1:
-        wrong = last if last >= most else least
-        raise ValueError(
-            f"the input asks for position {wrong}, but positions go from 0 to {most - 1} "
-            f"(max_position_embeddings is {most}); shorten the input"
-        )
 
 
 def _head_factors(config: OPTConfig, head_mask: Any) -> list[Tensor | None]:
     L, H = config.num_hidden_layers, config.num_attention_heads
     if head_mask is None:
         return [None] * L
-    if head_mask.shape not in ((H,), (L, H)):
-        raise ValueError(
-            f"head_mask is {tuple(head_mask.shape)}, expected {(L, H)} (layers, heads) or {(H,)}"
-        )
-    rows = head_mask.expand(L, H)
-    kept = [
-        [head for head in range(H) if head not in config.pruned_heads.get(layer, ())]
-        for layer in range(L)
-    ]
+    kept = arguments.kept_heads(config, tuple(head_mask.shape))
     return [
         row if len(keep) == H else row[torch.tensor(keep, device=row.device)]
-        for row, keep in zip(rows, kept, strict=True)
+        for row, keep in zip(head_mask.expand(L, H), kept, strict=True)
     ]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core import arguments
+from opt_core.arguments import IGNORED
 from opt_core.config import OPTConfig
-
-IGNORED = -100
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -19,10 +19,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: labels of another shape, or outside the vocabulary.
     """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} as the input"
-        )
+    arguments.check_language_labels(tuple(labels.shape), tuple(logits.shape[:2]))
     # Moving the labels instead of cutting the logits saves a copy of the largest tensor there is.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return _cross_entropy(logits.flatten(0, 1), following.flatten(), "labels")
@@ -37,21 +34,13 @@ def classification_loss(logits: Tensor, labels: Tensor, config: OPTConfig) -> Te
     Raises:
         ValueError: labels that do not fit the logits.
     """
-    kind = config.problem_type or _kind_of(labels, config.num_labels)
-    if kind == "single_label_classification":
-        if labels.numel() != logits.shape[0]:
-            raise ValueError(
-                f"labels are {tuple(labels.shape)}, expected one class for each of "
-                f"{logits.shape[0]} rows"
-            )
+    problem = arguments.problem_of(config, whole=not labels.is_floating_point())
+    arguments.check_class_labels(problem, tuple(labels.shape), tuple(logits.shape))
+    if problem == "single_label_classification":
         return _cross_entropy(logits, labels.flatten(), "labels")
-    if labels.numel() != logits.numel():
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}, expected {tuple(logits.shape)} for {kind}"
-        )
     target = labels.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
     target, scores = target.reshape(logits.shape), logits.to(target.dtype)
-    if kind == "regression":
+    if problem == "regression":
         return F.mse_loss(scores, target)
     return F.binary_cross_entropy_with_logits(scores, target)
 
@@ -67,19 +56,8 @@ def question_answering_loss(start: Tensor, end: Tensor, starts: Tensor, ends: Te
     return (_place_loss(start, starts, "start") + _place_loss(end, ends, "end")) / 2
 
 
-def _kind_of(labels: Tensor, num_labels: int) -> str:
-    if num_labels == 1:
-        return "regression"
-    whole = not labels.dtype.is_floating_point
-    return "single_label_classification" if whole else "multi_label_classification"
-
-
 def _place_loss(logits: Tensor, places: Tensor, name: str) -> Tensor:
-    if places.numel() != logits.shape[0]:
-        raise ValueError(
-            f"{name}_positions are {tuple(places.shape)}, expected one place for each of "
-            f"{logits.shape[0]} rows"
-        )
+    arguments.check_places(name, tuple(places.shape), logits.shape[0])
     end = logits.shape[1]
     places = places.to(logits.device).flatten().clamp(0, end)
     return _cross_entropy(logits, places.masked_fill(places == end, IGNORED), f"{name}_positions")
@@ -91,9 +69,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor, name: str) -> Tensor:
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
-            raise ValueError(
-                f"{name} hold {int(wrong[0])}, outside 0 to {classes - 1}; "
-                f"{IGNORED} marks what does not count"
-            )
+            raise arguments.unknown_label(name, int(wrong[0]), classes)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(scores, labels, ignore_index=IGNORED)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
+from opt_core.arguments import check_both_places, unknown_ends
 from opt_core.config import OPTConfig
 from opt_core.outputs import (
     BaseModelOutputWithPast,
@@ -273,8 +274,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         Raises:
             ValueError: as `OPTModel`, or only one of the two places was given.
         """
-        if (start_positions is None) != (end_positions is None):
-            raise ValueError("give both start_positions and end_positions, or neither")
+        check_both_places(start_positions is not None, end_positions is not None)
         out = self.model(
             input_ids,
             attention_mask,
@@ -322,10 +322,7 @@ def _last_real(
     elif B == 1:
         return torch.full((B,), T - 1, device=hidden.device)
     else:
-        raise ValueError(
-            f"{B} rows without attention_mask, and the configuration has no pad_token_id: nobody "
-            "knows where they end; pass attention_mask or set pad_token_id"
-        )
+        raise unknown_ends(B)
     places = torch.arange(T, device=hidden.device)
     return torch.where(real.to(hidden.device), places, 0).amax(1)
 

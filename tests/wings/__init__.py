@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
-from opt_core.weights import Head, stored_name, table
+from opt_core.weights import Head
 from tests.cases import Arrays
 
 #: The package of the framework that each wing needs.

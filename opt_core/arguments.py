@@ -1,0 +1,227 @@
+"""What a call of a model may be given: shapes and ranges, in the same words in every framework."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from opt_core.config import OPTConfig
+
+#: The label of what does not count in a loss.
+IGNORED = -100
+
+Shape = tuple[int, ...]
+
+
+class Given(NamedTuple):
+    """An array that a caller passed, as far as an error needs to know it."""
+
+    shape: Shape
+    dtype: str
+    is_float: bool
+
+
+def check_tokens(config: OPTConfig, ids: Given | None, embeds: Given | None) -> tuple[int, int]:
+    """The batch size B and the number of tokens T of the one that was given.
+
+    Raises:
+        ValueError: both or none, another number of axes, floating ids, another width, or no token.
+    """
+    if (ids is None) == (embeds is None):
+        found = "neither" if ids is None else "both"
+        raise ValueError(f"give either input_ids or inputs_embeds; found {found}")
+    if embeds is not None:
+        given, E = embeds, config.word_embed_proj_dim
+        if len(given.shape) != 3 or given.shape[2] != E:
+            raise ValueError(
+                f"inputs_embeds are {given.shape}, expected (batch, tokens, {E}): "
+                "the width of embed_tokens"
+            )
+    else:
+        assert ids is not None
+        given = ids
+        if len(given.shape) != 2 or given.is_float:
+            raise ValueError(
+                f"input_ids are {given.dtype} {given.shape}, expected whole numbers (batch, tokens)"
+            )
+    if 0 in given.shape[:2]:
+        raise ValueError(f"the input is empty: {given.shape}; give at least one token")
+    return given.shape[0], given.shape[1]
+
+
+def unknown_id(wrong: int, row: int, place: int, vocab_size: int) -> ValueError:
+    """The error for an id outside the vocabulary."""
+    return ValueError(
+        f"input_ids hold {wrong} in row {row} at place {place}; the vocabulary goes from 0 to "
+        f"{vocab_size - 1}: was the text encoded for another model?"
+    )
+
+
+def check_mask_shape(shape: Shape, B: int, held: int, T: int) -> None:
+    """See that a mask covers the tokens in the cache and the new ones.
+
+    Raises:
+        ValueError: it has another shape; names both lengths.
+    """
+    if shape != (B, held + T):
+        raise ValueError(
+            f"attention_mask is {shape}, expected {(B, held + T)}: {held} tokens in "
+            f"the cache and {T} new ones"
+        )
+
+
+def unknown_mask_values() -> ValueError:
+    """The error for a mask that is not one of 0 and 1."""
+    return ValueError(
+        "attention_mask holds values other than 0 and 1; give 1 for what may be attended to "
+        "and 0 for padding (not a mask to add to scores)"
+    )
+
+
+def check_position_shape(shape: Shape, B: int, T: int) -> None:
+    """See that there is a position for each token, or one row of them for all rows.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids are {shape}, expected {(B, T)}")
+
+
+def check_reach(config: OPTConfig, last: int, least: int = 0) -> None:
+    """See that positions lie in the table: -1 stands for padding, 0 for the first token.
+
+    Raises:
+        ValueError: the first or the last does not.
+    """
+    most = config.max_position_embeddings
+    if last >= most or least < -1:
+        wrong = last if last >= most else least
+        raise ValueError(
+            f"the input asks for position {wrong}, but positions go from 0 to {most - 1} "
+            f"(max_position_embeddings is {most}); shorten the input"
+        )
+
+
+def kept_heads(config: OPTConfig, shape: Shape) -> list[list[int]]:
+    """The heads that each layer still has, by which a head mask of this shape is read.
+
+    Raises:
+        ValueError: it is neither (layers, heads) nor (heads,), counted as before pruning.
+    """
+    L, H = config.num_hidden_layers, config.num_attention_heads
+    if shape not in ((H,), (L, H)):
+        raise ValueError(f"head_mask is {shape}, expected {(L, H)} (layers, heads) or {(H,)}")
+    gone = config.pruned_heads
+    return [[head for head in range(H) if head not in gone.get(i, ())] for i in range(L)]
+
+
+def check_language_labels(shape: Shape, expected: Shape) -> None:
+    """See that there is a label for each token.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if shape != expected:
+        raise ValueError(f"labels are {shape}, expected {expected} as the input")
+
+
+def unknown_label(name: str, wrong: int, classes: int) -> ValueError:
+    """The error for a label that is no class."""
+    return ValueError(
+        f"{name} hold {wrong}, outside 0 to {classes - 1}; {IGNORED} marks what does not count"
+    )
+
+
+def problem_of(config: OPTConfig, *, whole: bool) -> str:
+    """What a classifier is trained for: `problem_type`, else what its labels look like.
+
+    One label means regression, labels of `whole` numbers one class a row, others several.
+    """
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return "single_label_classification" if whole else "multi_label_classification"
+
+
+def check_class_labels(problem: str, shape: Shape, logits: Shape) -> None:
+    """See that labels fit `[B, num_labels]` logits: one for each row, or for each logit.
+
+    Raises:
+        ValueError: they do not.
+    """
+    rows, classes = logits
+    count = 1
+    for length in shape:
+        count *= length
+    if problem == "single_label_classification":
+        if count != rows:
+            raise ValueError(f"labels are {shape}, expected one class for each of {rows} rows")
+    elif count != rows * classes:
+        raise ValueError(f"labels are {shape}, expected {logits} for {problem}")
+
+
+def check_both_places(start_is_given: bool, end_is_given: bool) -> None:
+    """See that an answer has a start and an end, or neither.
+
+    Raises:
+        ValueError: it has one of them.
+    """
+    if start_is_given != end_is_given:
+        raise ValueError("give both start_positions and end_positions, or neither")
+
+
+def check_places(name: str, shape: Shape, rows: int) -> None:
+    """See that `name` ("start" or "end") has one place for each row, `[B]` or `[B, 1]`.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if shape not in ((rows,), (rows, 1)):
+        raise ValueError(
+            f"{name}_positions are {shape}, expected one place for each of {rows} rows"
+        )
+
+
+def unknown_ends(rows: int) -> ValueError:
+    """The error for rows of which nobody knows where they end."""
+    return ValueError(
+        f"{rows} rows without attention_mask, and the configuration has no pad_token_id: nobody "
+        "knows where they end; pass attention_mask or set pad_token_id"
+    )
+
+
+def check_prompt(given: Given) -> None:
+    """See that a prompt is ids `[B, P]` with at least one token.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if len(given.shape) != 2 or given.is_float or 0 in given.shape:
+        raise ValueError(
+            f"input_ids are {given.dtype} {given.shape}, expected whole numbers "
+            "(batch, tokens) with at least one token"
+        )
+
+
+def check_prompt_mask(shape: Shape, prompt: Shape) -> None:
+    """See that a prompt's mask has its shape.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if shape != prompt:
+        raise ValueError(f"attention_mask is {shape}, expected {prompt} as input_ids")
+
+
+def missing_prompt() -> ValueError:
+    """The error for a generation from nothing."""
+    return ValueError("give input_ids, or a bos_token_id to start every text with")
+
+
+def nan_scores(length: int) -> ValueError:
+    """The error for scores that no token can be chosen from."""
+    return ValueError(
+        f"the scores are NaN after {length} tokens; do the weights hold NaN or inf, or "
+        "does the model overflow in this dtype?"
+    )

@@ -2,15 +2,18 @@
 
 from conversion.formats import FORMATS, WEIGHT_FILES, Format, open_checkpoint
 from conversion.names import canonical_name, canonical_names, stored_names
+from conversion.pretrained import Pretrained, open_pretrained
 from conversion.torch_file import read_torch_file
 
 __all__ = [
     "FORMATS",
     "WEIGHT_FILES",
     "Format",
+    "Pretrained",
     "canonical_name",
     "canonical_names",
     "open_checkpoint",
+    "open_pretrained",
     "read_torch_file",
     "stored_names",
 ]

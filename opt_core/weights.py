@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_core.checkpoint import CheckpointError, TensorSource
+from opt_core.checkpoint import Checkpoint, CheckpointError, TensorSource, has_nan
 from opt_core.config import OPTConfig
 
 #: Axes of a stored `[out, in]` matrix; an embedding is `[rows, width]`.
@@ -217,6 +218,35 @@ def fit(config: OPTConfig, head: Head, found: Mapping[str, TensorSource], *, sou
             stacklevel=4,
         )
     return result
+
+
+def read(
+    config: OPTConfig, head: Head, checkpoint: Checkpoint, *, check: bool
+) -> Iterator[tuple[Weight, NDArray[Any] | None]]:
+    """Each row of the table with its values in the stored layout and type, largest first.
+
+    The values are mapped from the file, copy on write. None stands for a row that is in no file
+    and starts fresh. With `check`, NaN in a weight warns, after the last of them.
+
+    Raises:
+        CheckpointMismatch: the tensors are not those that the configuration asks for.
+    """
+    rows = table(config, head)
+    matched = fit(config, head, checkpoint.tensors, source=str(checkpoint.path))
+    spoiled = []
+    for name, source in sorted(matched.sources.items(), key=lambda item: -rows[item[0]].size):
+        values = source.map()
+        if check and has_nan(values):
+            spoiled.append(name)
+        yield rows[name], values
+    yield from ((rows[name], None) for name in matched.new)
+    if spoiled:
+        warnings.warn(
+            f"{checkpoint.path}: there are NaN values in {', '.join(spoiled)}; what the model "
+            "computes with them is NaN too",
+            CheckpointWarning,
+            stacklevel=4,
+        )
 
 
 def _untangle_tied_head(found: dict[str, TensorSource], source: str) -> None:

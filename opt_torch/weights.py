@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
@@ -15,12 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from conversion import WEIGHT_FILES, open_checkpoint
-from opt_core import hub
-from opt_core.checkpoint import Checkpoint, TensorSource, has_nan
-from opt_core.config import CONFIG_FILE, OPTConfig
-from opt_core.generation import GENERATION_FILE
-from opt_core.weights import OUT, CheckpointWarning, Head, Weight, fit, stored_name, table
+from conversion import open_pretrained as open_pretrained
+from opt_core.checkpoint import Checkpoint, TensorSource
+from opt_core.config import OPTConfig
+from opt_core.weights import OUT, Head, Weight, read, stored_name, table
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,25 +25,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="OPTPreTrainedModel")
 
-#: What a user may say about where a checkpoint is fetched from; see `opt_core.hub.resolve`.
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def locate(source: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> Path:
-    """The local folder (or file) that holds a checkpoint and its configuration.
-
-    Raises:
-        HubError: the repository cannot be read.
-    """
-    return hub.resolve(
-        source,
-        files=[CONFIG_FILE],
-        optional=[GENERATION_FILE],
-        one_of=WEIGHT_FILES,
-        **hub_options,
-    )
 
 
 def load(
@@ -69,26 +46,15 @@ def load(
     Raises:
         CheckpointMismatch: the tensors are not those that the configuration asks for.
     """
-    rows = table(config, head)
-    matched = fit(config, head, checkpoint.tensors, source=str(checkpoint.path))
-    spoiled = []
-    for name, source in sorted(matched.sources.items(), key=lambda item: -rows[item[0]].size):
-        values = source.map()
-        if check and has_nan(values):
-            spoiled.append(name)
-        _set(model, stored_name(name, head), as_tensor(values).to(device, dtype))
-    if spoiled:
-        warnings.warn(
-            f"{checkpoint.path}: there are NaN values in {', '.join(spoiled)}; what the model "
-            "computes with them is NaN too",
-            CheckpointWarning,
-            stacklevel=3,
-        )
-    stored = stored_dtype(checkpoint)
-    for name in matched.new:
-        empty = torch.empty(rows[name].shape, dtype=dtype or stored, device=device)
-        _set(model, stored_name(name, head), empty)
-    fresh(model, (rows[name] for name in matched.new), head)
+    stored, new = stored_dtype(checkpoint), []
+    for row, values in read(config, head, checkpoint, check=check):
+        if values is None:
+            tensor = torch.empty(row.shape, dtype=dtype or stored, device=device)
+            new.append(row)
+        else:
+            tensor = as_tensor(values).to(device, dtype)
+        _set(model, stored_name(row.name, head), tensor)
+    fresh(model, new, head)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -331,8 +297,3 @@ class _Parameter:
 
     def map(self) -> NDArray[Any]:
         return _as_array(self.tensor)
-
-
-def open_pretrained(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder that `locate` found, in whatever format it is."""
-    return open_checkpoint(folder)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
-import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from opt_core import hub
-from opt_core.checkpoint import save
-from opt_core.config import CONFIG_FILE, DTYPES, OPTConfig
-from opt_core.generation import GENERATION_FILE, GenerationConfig
+from opt_core.checkpoint import TensorSource
+from opt_core.config import DTYPES, OPTConfig
+from opt_core.generation import GenerationConfig
+from opt_core.pretrained import SavingMixin
 from opt_core.weights import Head, table
 from opt_torch import weights
 from opt_torch.attention import IMPLEMENTATIONS
@@ -25,7 +22,7 @@ from opt_torch.decoder import Decoder
 from opt_torch.models import surgery
 
 
-class OPTPreTrainedModel(nn.Module):
+class OPTPreTrainedModel(SavingMixin, nn.Module):
     """The part of every OPT class that is not its forward pass.
 
     A model holds its own copy of the configuration; fields that decide names and shapes of weights
@@ -130,7 +127,8 @@ class OPTPreTrainedModel(nn.Module):
         "auto": the type of the file. Weights of that type stay in the file, mapped copy-on-write.
         `device_map` is handed to accelerate. `check=False` leaves out the search for NaN. Further
         options are those of the hub (`revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`) and fields of the configuration. The model comes back in
+        `force_download`, `subfolder`), the hints `from_pt`, `from_tf` and `from_flax` (a format is
+        recognised without them), and fields of the configuration. The model comes back in
         evaluation mode.
 
         Raises:
@@ -141,87 +139,30 @@ class OPTPreTrainedModel(nn.Module):
             HubError: the repository cannot be read.
             ValueError: a bad configuration or argument.
         """
-        hub_options = {k: options.pop(k) for k in weights.HUB_OPTIONS if k in options}
         wanted = dtype if dtype is not None else torch_dtype
-        folder = weights.locate(source, hub_options)
-        if not isinstance(config, OPTConfig):
-            config = OPTConfig.from_pretrained(folder if config is None else config)
-        config = config.replace(**options) if options else copy.deepcopy(config)
-        config.name_or_path = os.fspath(source)
-        checkpoint = weights.open_pretrained(folder)
+        opened = weights.open_pretrained(source, config=config, options=options)
         with torch.device("meta"):
-            model = cls(config, attn_implementation=attn_implementation)
+            model = cls(opened.config, attn_implementation=attn_implementation)
         weights.load(
             model,
             model.config,
             cls.head,
-            checkpoint,
+            opened.checkpoint,
             dtype=None if wanted == "auto" else _dtype(wanted),
             device=torch.get_default_device() if device is None else torch.device(device),
             check=check,
         )
         model.tie_weights()
         model.config.dtype = _name(model.dtype)
-        beside = folder if folder.is_dir() else folder.parent
-        if (beside / GENERATION_FILE).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(beside)
+        model.generation_config = opened.generation_config
         model.eval()
         return model if device_map is None else _dispatch(model, device_map)
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str = "5GB",
-        push_to_hub: bool = False,
-        **hub_options: Any,
-    ) -> None:
-        """Write `config.json`, `generation_config.json` and safetensors that transformers opens.
+    def _stored_tensors(self) -> Mapping[str, TensorSource]:
+        return weights.tensors(self, self.config, self.head)
 
-        A tied head is stored once, as the embedding. A save that is killed leaves the old files
-        as they were. With `push_to_hub` the folder is uploaded too (`repo_id`, `token`, …: see
-        `push_to_hub`; `repo_id` is the folder's name if not given).
-
-        Raises:
-            ValueError: a bad shard size, an unknown option, or a parameter is not there (an adapter
-                took its place).
-        """
-        if hub_options and not push_to_hub:
-            raise ValueError(
-                f"save_pretrained has no option {', '.join(hub_options)} unless push_to_hub=True; "
-                "what it writes is always safetensors"
-            )
-        config = self.config.replace(architectures=[type(self).__name__], dtype=_name(self.dtype))
-        if config.pruned_heads:
-            warnings.warn(
-                "the model has pruned heads: only optlm loads the saved files", stacklevel=2
-            )
-        save(
-            Path(folder),
-            weights.tensors(self, self.config, self.head),
-            max_shard_size=max_shard_size,
-            extra_files={
-                CONFIG_FILE: config.to_json_string().encode(),
-                GENERATION_FILE: self.generation_config.to_json_string().encode(),
-            },
-        )
-        if push_to_hub:
-            hub.push(folder, hub_options.pop("repo_id", Path(folder).name), **hub_options)
-
-    def push_to_hub(
-        self, repo_id: str, *, max_shard_size: int | str = "5GB", **options: Any
-    ) -> str:
-        """Save and upload; returns the address of the commit.
-
-        Options are those of `opt_core.hub.push`: `private`, `token`, `revision`, `commit_message`,
-        `create_pr`.
-
-        Raises:
-            HubError: the hub refused, or cannot be reached.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return hub.push(folder, repo_id, **options)
+    def _stored_dtype(self) -> str:
+        return _name(self.dtype)
 
     # --- embeddings and heads ----------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""What `from_pretrained` of every wing opens: configuration, tensors and generation options."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from conversion.formats import WEIGHT_FILES, open_checkpoint
+from opt_core import hub
+from opt_core.checkpoint import Checkpoint
+from opt_core.config import CONFIG_FILE, OPTConfig
+from opt_core.generation import GENERATION_FILE, GenerationConfig
+
+#: What a user may say about where a checkpoint is fetched from; see `opt_core.hub.resolve`.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+#: What users of transformers say about the file; its format is recognised without them.
+HINTS = ("from_pt", "from_tf", "from_flax")
+
+
+class Pretrained(NamedTuple):
+    """A checkpoint with all that a model needs to be built for it."""
+
+    #: A copy that is the caller's own, its `name_or_path` the source.
+    config: OPTConfig
+    checkpoint: Checkpoint
+    #: What lies beside the weights, else what the configuration implies.
+    generation_config: GenerationConfig
+
+
+def open_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    config: OPTConfig | str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any],
+) -> Pretrained:
+    """Open a folder, a file, an index or a repository of the hub, in any format; reads no tensor.
+
+    `config` replaces the configuration beside the weights. `options` are those of the hub
+    (`HUB_OPTIONS`), hints (`HINTS`), and fields of the configuration to change.
+
+    Raises:
+        CheckpointNotFound: there is no checkpoint, or a file of it is missing.
+        CheckpointDamaged, CheckpointUnsafe: a file cannot, or may not, be read.
+        HubError: the repository cannot be read.
+        ValueError: a bad configuration or an unknown option.
+    """
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+    fields = {k: v for k, v in options.items() if k not in (*HUB_OPTIONS, *HINTS)}
+    folder = hub.resolve(
+        source,
+        files=[CONFIG_FILE],
+        optional=[GENERATION_FILE],
+        one_of=WEIGHT_FILES,
+        **hub_options,
+    )
+    if not isinstance(config, OPTConfig):
+        config = OPTConfig.from_pretrained(folder if config is None else config)
+    config = config.replace(**fields) if fields else copy.deepcopy(config)
+    config.name_or_path = os.fspath(source)
+    checkpoint = open_checkpoint(folder)
+    beside = folder if folder.is_dir() else folder.parent
+    if (beside / GENERATION_FILE).is_file():
+        generation = GenerationConfig.from_pretrained(beside)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    return Pretrained(config, checkpoint, generation)

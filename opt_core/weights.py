@@ -215,7 +215,7 @@ def fit(config: OPTConfig, head: Head, found: Mapping[str, TensorSource], *, sou
             f"{source!r} holds no {', '.join(result.new)}: the new head starts from random values "
             "and must be trained before its outputs mean anything",
             CheckpointWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return result
 
@@ -260,7 +260,7 @@ def _untangle_tied_head(found: dict[str, TensorSource], source: str) -> None:
             f"{source!r}: {LM_HEAD_NAME} differs from {EMBEDDING_NAME}, but the configuration ties "
             "them: the embedding is used for both; set tie_word_embeddings false to use the head",
             CheckpointWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -299,3 +299,13 @@ def test_few_programs_serve_all_lengths() -> None:
     assert all(bucket(n) >= n for n in lengths)
     assert all(bucket(n) - n < max(64, n / 8) for n in lengths)
     assert len({bucket(n) for n in lengths}) == 24
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 17, 33, 64, 65, 200, 1025, 2000])
+def test_a_compiled_first_pass_has_room_for_the_prompt_within_the_cache(length: int) -> None:
+    config = OPTConfig()
+    planned = plan(
+        GenerationConfig(max_new_tokens=1), config, prompt_length=length, row_lengths=[length]
+    )
+    assert length <= planned.prompt_room <= planned.capacity
+    assert planned.prompt_room <= max(8, 2 * length)

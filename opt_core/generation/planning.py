@@ -51,6 +51,9 @@ class Plan(NamedTuple):
     min_new_tokens: int
     #: S: slots of the cache, at least P + N, rounded up so that compiled programs are reused.
     capacity: int
+    #: The columns that a compiled first pass is made for, from P to S: what follows the prompt in
+    #: them is hidden, and overwritten by the tokens that are chosen.
+    prompt_room: int
 
 
 class HasRoom(Protocol):
@@ -119,7 +122,13 @@ def plan(
             f"min_new_tokens or min_length asks for at least {minimum} new tokens, but {asked}; "
             "lower the minimum or raise the maximum"
         )
-    return Plan(prompt_length, count, minimum, bucket(prompt_length + count))
+    capacity = bucket(prompt_length + count)
+    return Plan(prompt_length, count, minimum, capacity, _prompt_room(prompt_length))
+
+
+def _prompt_room(length: int) -> int:
+    """As `bucket`, but finer for short prompts, where every hidden column is paid for."""
+    return next((room for room in (8, 16, 32) if length <= room), bucket(length))
 
 
 def _new_tokens(generation: GenerationConfig, prompt_length: int, room: int) -> tuple[int, str]:

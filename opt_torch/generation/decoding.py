@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Plan, plan, uniforms
+from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver, uniforms
 from opt_core.outputs import GenerateOutput
 from opt_torch.attention import Visible, choose
 from opt_torch.decoder import Cache, Decoder, check_ids, positions_of
@@ -20,16 +20,6 @@ from opt_torch.packed import PackedDecoder, packed
 from opt_torch.weights import agreed
 
 FixedStep = Callable[[Any, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]
-
-
-class Streamer(Protocol):
-    """What transformers' text streamers offer: `put` for the prompt and each step, `end` last."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt `[B, P]`, then the tokens `[B]` of each step."""
-
-    def end(self) -> None:
-        """Nothing follows."""
 
 
 class GenerationMixin:
@@ -67,7 +57,7 @@ class GenerationMixin:
         run = _Run.of(self, input_ids, attention_mask, generation_config, tokenizer, options)
         if compiled:
             run = run.compiled_by("inductor" if compiled is True else compiled)
-        put, end = _receiver(streamer, run.prompt)
+        put, end = receiver(streamer, run.prompt, Tensor.cpu)
         state = None
         for state in run.states():
             put(state.tokens[:, state.length - 1])
@@ -326,15 +316,3 @@ def _shown(prompt: Tensor, mask: Tensor | None, padding: int | None) -> Tensor |
         arguments.check_prompt_mask(tuple(mask.shape), tuple(prompt.shape))
         shown = mask.to(prompt.device) != 0
     return None if bool(shown.all()) else shown
-
-
-def _receiver(
-    streamer: Streamer | Callable[[Tensor], None] | None, prompt: Tensor
-) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """What takes the tokens of each step, and what is called after the last."""
-    if streamer is None:
-        return lambda tokens: None, lambda: None
-    if callable(streamer):
-        return streamer, lambda: None
-    streamer.put(prompt.cpu())
-    return lambda tokens: streamer.put(tokens.cpu()), streamer.end

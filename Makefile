@@ -12,12 +12,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.demo
 	$(BIN)/optlm demo
 
+# A process for each framework; the first also runs what needs none, and what needs all three.
 test: lint
 	$(BIN)/python -m pytest --wing torch
+	$(BIN)/python -m pytest --wing tf -m 'wing and not deep'
+	$(BIN)/python -m pytest --wing flax -m 'wing and not deep'
 
 # The long versions: tests marked deep as well, and ten times the examples of a property.
 test-deep: lint
 	$(BIN)/python -m pytest --wing torch -m '' --hypothesis-profile deep
+	$(BIN)/python -m pytest --wing tf -m wing --hypothesis-profile deep
+	$(BIN)/python -m pytest --wing flax -m wing --hypothesis-profile deep
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -41,16 +46,16 @@ clean:
 # A stamp is newer than what it was installed from, so a second run installs nothing.
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@echo 'installing into $(VENV), once'
-	@$(PIP) --editable '.[torch]'
+	@$(PIP) --editable '.[all]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo 'installing into $(VENV), once'
-	@$(PIP) --editable '.[torch,dev]'
+	@$(PIP) --editable '.[all,dev]'
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.dev
-	@$(PIP) --editable '.[torch,dev,bench]'
+	@$(PIP) --editable '.[all,dev,bench]'
 	@touch $@
 
 # Where the system's Python comes without ensurepip, its own pip fills the environment.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,6 +142,80 @@ class TorchModel:
         return (int(tokens[0]) for tokens in steps)
 
 
+class TfModel:
+    """The Keras wing on a checkpoint."""
+
+    def __init__(self, source: Path, dtype: str | None, device: str | None) -> None:
+        # Before TensorFlow and Keras read them: no notes about the CPU, and this backend.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        import tensorflow as tf
+
+        from opt_tf import TFOPTForCausalLM
+
+        self.device = device
+        with tf.device(device):
+            self.model = TFOPTForCausalLM.from_pretrained(source, dtype=dtype)
+        self.config = self.model.config
+
+    def logits(self, ids: Ints) -> Scores:
+        """As `Backend.logits`, float32 whatever the model computes in."""
+        import tensorflow as tf
+
+        with tf.device(self.device):
+            out = self.model(input_ids=tf.constant(ids), use_cache=False)
+            scores: Scores = tf.cast(out.logits, tf.float32).numpy()
+        return scores
+
+    def tokens(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """As `Backend.tokens`, over a cache."""
+        import tensorflow as tf
+
+        with tf.device(self.device):
+            given = tf.constant(prompt)
+            steps = self.model.stream(
+                given, attention_mask=tf.ones_like(given), tokenizer=tokenizer, **options
+            )
+            yield from (int(tokens[0]) for tokens in steps)
+
+
+class FlaxModel:
+    """The Flax wing on a checkpoint."""
+
+    def __init__(self, source: Path, dtype: str | None, device: str | None) -> None:
+        import jax
+
+        from opt_flax import FlaxOPTForCausalLM
+
+        self.device = None if device is None else jax.devices(device)[0]
+        with jax.default_device(self.device):
+            self.model = FlaxOPTForCausalLM.from_pretrained(source, dtype=dtype)
+        self.config = self.model.config
+
+    def logits(self, ids: Ints) -> Scores:
+        """As `Backend.logits`, float32 whatever the model computes in."""
+        import jax
+
+        with jax.default_device(self.device):
+            out = self.model(ids.astype(np.int32), use_cache=False)
+            return np.asarray(out.logits, np.float32)
+
+    def tokens(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Iterator[int]:
+        """As `Backend.tokens`, over a cache."""
+        import jax
+
+        with jax.default_device(self.device):
+            given = prompt.astype(np.int32)
+            steps = self.model.stream(
+                given, attention_mask=np.ones_like(given), tokenizer=tokenizer, **options
+            )
+            yield from (int(tokens[0]) for tokens in steps)
+
+
 @contextmanager
 def _torch_on_one_thread() -> Iterator[None]:
     import torch
@@ -153,12 +228,19 @@ def _torch_on_one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _as_it_is() -> AbstractContextManager[None]:
+    """TensorFlow and XLA take their threads once, when they start."""
+    return nullcontext()
+
+
 #: The reference's name, beside those of the wings.
 NUMPY = "numpy"
 
 #: Every wing by the name that `--backend` takes; the first that is installed is the default.
 WINGS: Mapping[str, Wing] = {
     "torch": Wing("PyTorch", "torch", "torch", TorchModel, _torch_on_one_thread),
+    "tf": Wing("TensorFlow", "tensorflow", "tensorflow", TfModel, _as_it_is),
+    "flax": Wing("Flax", "flax", "flax", FlaxModel, _as_it_is),
 }
 
 

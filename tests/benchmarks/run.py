@@ -1,4 +1,4 @@
-"""Time opt_torch beside its peers: `python -m tests.benchmarks.run --help`.
+"""Time the three wings beside their peers: `python -m tests.benchmarks.run --help`.
 
 Every peer is a process of its own on the same weights. The driver asks one after the other for one
 measurement at a time, round after round, so that whatever else the machine does meets all of them.
@@ -30,6 +30,12 @@ PEERS = (
     "opt_torch",
     "opt_torch-medium",
     "opt_torch-bf16",
+    "opt_tf",
+    "opt_tf-bf16",
+    "opt_flax",
+    "opt_flax-bf16",
+    "keras_hub-tf",
+    "keras_hub-jax",
     "transformers",
     "transformers-bf16",
     "ctranslate2",

@@ -1,0 +1,179 @@
+"""The peers whose frameworks compile: our Keras and Flax wings, and KerasHub's OPT."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_core import __version__
+
+Ids = np.ndarray[Any, Any]
+LEARNING_RATE = 1e-4
+
+
+class OursOnKeras:
+    """opt_tf."""
+
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+        tf = _tensorflow(threads)
+        self.tf, self.folder, self.dtype = tf, folder / "hf", dtype
+        self.facts = {"optlm": __version__, "tensorflow": tf.__version__, "dtype": dtype}
+
+    def load(self) -> None:
+        from opt_tf import TFOPTForCausalLM
+
+        self.model = TFOPTForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        self.forward = self.tf.function(lambda ids: self.model(ids)["logits"], jit_compile=True)
+
+    def prefill(self, ids: Ids) -> None:
+        self.forward(self.tf.constant(ids))
+
+    def decode(self, ids: Ids, count: int) -> None:
+        self.model.generate(self.tf.constant(ids), max_new_tokens=count, eos_token_id=None).numpy()
+
+    def train(self, ids: Ids) -> None:
+        if self.dtype != "float32":
+            raise LookupError("float32 only")
+        if not self.model.compiled:
+            import keras
+
+            self.model.compile(optimizer=keras.optimizers.AdamW(LEARNING_RATE), jit_compile=True)
+        self.model.train_on_batch({"input_ids": ids, "labels": ids})
+
+
+class OursOnJax:
+    """opt_flax."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import flax
+        import jax
+
+        self.jax, self.folder, self.dtype = jax, folder / "hf", dtype
+        self.facts = {
+            "optlm": __version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "dtype": dtype,
+        }
+        self.step: Any = None
+
+    def load(self) -> None:
+        from opt_flax import FlaxOPTForCausalLM
+
+        self.model = FlaxOPTForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        self.jax.block_until_ready(self.model.params)
+
+    def prefill(self, ids: Ids) -> None:
+        self.jax.block_until_ready(self.model(ids.astype(np.int32)).logits)
+
+    def decode(self, ids: Ids, count: int) -> None:
+        tokens = self.model.generate(ids.astype(np.int32), max_new_tokens=count, eos_token_id=None)
+        np.asarray(tokens)
+
+    def train(self, ids: Ids) -> None:
+        if self.dtype != "float32":
+            raise LookupError("float32 only")
+        if self.step is None:
+            self.step = self._training_step()
+        self.params, self.state, loss = self.step(self.params, self.state, ids.astype(np.int32))
+        self.jax.block_until_ready(loss)
+
+    def _training_step(self) -> Any:
+        import optax
+
+        optimizer, model = optax.adamw(LEARNING_RATE), self.model
+        self.params, self.state = model.params, optimizer.init(model.params)
+
+        def loss_of(params: Any, ids: Any) -> Any:
+            return model(ids, params=params, labels=ids, use_cache=False).loss
+
+        def step(params: Any, state: Any, ids: Any) -> Any:
+            loss, gradients = self.jax.value_and_grad(loss_of)(params, ids)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        return self.jax.jit(step, donate_argnums=(0, 1))
+
+
+class KerasHub:
+    """KerasHub's OPT in the same shape on one of its backends; its random values are its own."""
+
+    def __init__(self, backend: str, threads: int) -> None:
+        os.environ["KERAS_BACKEND"] = backend
+        if backend == "tensorflow":
+            _tensorflow(threads)
+        import keras
+
+        self.backend, self.keras = backend, keras
+        self.facts = {"keras_hub": version("keras-hub"), "backend": backend, "dtype": "float32"}
+
+    def load(self) -> None:
+        raise LookupError("KerasHub reads no such checkpoint")
+
+    def _build(self) -> None:
+        from keras_hub.models import OPTBackbone, OPTCausalLM
+
+        backbone = OPTBackbone(
+            vocabulary_size=50272,
+            num_layers=12,
+            num_heads=12,
+            hidden_dim=768,
+            intermediate_dim=3072,
+            dropout=0.0,
+            max_sequence_length=2048,
+        )
+        self.model = OPTCausalLM(backbone=backbone, preprocessor=None)
+        self.model.compile(
+            optimizer=self.keras.optimizers.AdamW(LEARNING_RATE),
+            loss=self.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            sampler="greedy",
+            jit_compile=True,
+        )
+        self.forward = self._compiled_forward()
+
+    def _compiled_forward(self) -> Any:
+        if self.backend == "tensorflow":
+            import tensorflow as tf
+
+            return tf.function(self.model, jit_compile=True)
+        import jax
+
+        weights = [v.value for v in self.model.trainable_variables]
+        rest = [v.value for v in self.model.non_trainable_variables]
+        call = jax.jit(lambda inputs: self.model.stateless_call(weights, rest, inputs)[0])
+        return lambda inputs: jax.block_until_ready(call(inputs))
+
+    def prefill(self, ids: Ids) -> None:
+        self._ready()
+        self.forward(_keras_inputs(ids))
+
+    def decode(self, ids: Ids, count: int) -> None:
+        self._ready()
+        inputs = _keras_inputs(np.pad(ids, ((0, 0), (0, count))))
+        inputs["padding_mask"][:, ids.shape[1] :] = 0
+        self.model.generate(inputs, stop_token_ids=None)
+
+    def train(self, ids: Ids) -> None:
+        self._ready()
+        self.model.train_on_batch(_keras_inputs(ids), np.roll(ids, -1, axis=1))
+
+    def _ready(self) -> None:
+        if not hasattr(self, "model"):
+            self._build()
+
+
+def _keras_inputs(ids: Ids) -> dict[str, Ids]:
+    return {"token_ids": ids.astype(np.int32), "padding_mask": np.ones_like(ids, np.int32)}
+
+
+def _tensorflow(threads: int) -> Any:
+    """TensorFlow on so many threads, without its notes about the processor."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    return tf

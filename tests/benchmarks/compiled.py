@@ -60,6 +60,8 @@ class OursOnJax:
             "dtype": dtype,
         }
         self.step: Any = None
+        self.params: Any = None
+        self.state: Any = None
 
     def load(self) -> None:
         from opt_flax import FlaxOPTForCausalLM

@@ -1,0 +1,79 @@
+"""How queries meet keys: what they may see, the plain path, and the choice of path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+#: TensorFlow has no fused kernel that holds a mask and beats its own product and softmax.
+IMPLEMENTATIONS = ("eager",)
+
+#: `[B, H, T, D]`, then `[B, H, S, D]` twice, and the seed of dropout or None -> `[B, H, T, D]`, and
+#: the weights `[B, H, T, S]` if they were asked for. Queries arrive scaled.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class Visible(NamedTuple):
+    """Which of S keys the T queries that start at place `start` may attend to.
+
+    `shown` is bool `[B, S]`, or None where nothing is padded. Each count is a tensor where only
+    the running program knows it.
+    """
+
+    start: int | Tensor
+    queries: int | Tensor
+    keys: int | Tensor
+    shown: Tensor | None
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether any query may not attend somewhere: not so for the newest token alone."""
+        counts = (self.start, self.queries, self.keys)
+        if self.shown is not None or not all(isinstance(count, int) for count in counts):
+            return True
+        return self.queries > 1 or self.start + 1 < self.keys
+
+    def mask(self) -> Tensor:
+        """Bool `[1 or B, 1, T, S]`, True where a query may attend."""
+        places = tf.range(self.queries) + self.start
+        seen = tf.range(self.keys) <= places[:, None]  # [T, S]
+        if self.shown is None:
+            return seen[None, None]
+        return seen & self.shown[:, None, None, :]  # [B, 1, T, S]
+
+
+def choose(implementation: str, visible: Visible, *, dropout: float, weights: bool) -> Attend:
+    """The path of one call, shared by its layers; `weights` says whether it returns them.
+
+    The share `dropout` of the weights is dropped in a layer that hands over a seed.
+    """
+    assert implementation in IMPLEMENTATIONS
+    mask = visible.mask() if visible.needs_mask else None
+    return partial(eager, mask=mask, dropout=dropout, weights=weights)
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    *,
+    mask: Tensor | None,
+    dropout: float,
+    weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The plain path: every score is held. A query that sees nothing attends evenly."""
+    scores = tf.matmul(q, k, transpose_b=True)  # [B, H, T, S]
+    if scores.dtype != tf.float64:
+        scores = tf.cast(scores, tf.float32)
+    if mask is not None:
+        scores = tf.where(mask, scores, scores.dtype.min)
+    shares = tf.cast(tf.nn.softmax(scores), v.dtype)
+    kept = shares
+    if seed is not None and dropout:
+        kept = tf.nn.experimental.stateless_dropout(shares, dropout, seed)
+    return tf.matmul(kept, v), shares if weights else None  # [B, H, T, D]

@@ -101,6 +101,13 @@ def test_a_checkpoint_is_a_folder_a_file_or_an_index(
         assert model.name_or_path == str(source)
 
 
+@pytest.mark.parametrize("hint", ["from_pt", "from_tf", "from_flax"])
+def test_hints_about_the_format_are_taken_and_not_needed(
+    wing: Wing, folder: Path, weights: Arrays, hint: str
+) -> None:
+    assert_weights(wing, wing.load(Head.CAUSAL_LM, folder, **{hint: True}), weights)
+
+
 def test_a_repository_of_the_hub_loads_like_its_folder(
     wing: Wing, folder: Path, weights: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

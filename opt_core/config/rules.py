@@ -42,6 +42,7 @@ class DecoderConfig(Protocol):
     dropout: float
     attention_dropout: float
     layerdrop: float
+    init_std: float
     pad_token_id: int | None
 
     @property

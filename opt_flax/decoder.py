@@ -1,0 +1,437 @@
+"""A decoder of pre-norm or post-norm layers: its cache, embeddings, layers and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn import initializers
+
+from opt_core.config import ACTIVATIONS, DecoderConfig
+from opt_flax.attention import Attend
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The function that a configuration's `activation_function` stands for."""
+    return _FUNCTIONS[ACTIVATIONS[name]]
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when a compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Cache:
+    """Keys and values of the tokens so far; reads as a tuple of `(key, value)`, `[B, H, S, D]`.
+
+    A tree of arrays: one buffer `[B, H, capacity, D]` for the keys and one for the values of every
+    layer, and the number of tokens held. Outside a compiled program S is that number; inside, where
+    it is not known, S is the capacity. Places that nobody has filled hold zeros.
+    """
+
+    def __init__(self, keys: Sequence[Array], values: Sequence[Array], length: Any) -> None:
+        self.keys, self.values, self.length = tuple(keys), tuple(values), length
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> Cache:
+        """Room for `capacity` tokens in every one of `batch` rows."""
+
+        def zeros() -> list[Array]:
+            shapes = (
+                (batch, config.heads(layer), capacity, config.head_dim)
+                for layer in range(config.num_hidden_layers)
+            )
+            return [jnp.zeros(shape, dtype) for shape in shapes]
+
+        return cls(zeros(), zeros(), jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def of(cls, past: Any, layers: int) -> Cache | None:
+        """Our own cache, or full `(key, value)` pairs per layer; None for no pairs.
+
+        Raises:
+            ValueError: it is none of these, or has another number of layers.
+        """
+        if past is None:
+            return None
+        if isinstance(past, Cache):
+            cache = past
+        else:
+            pairs = _pairs(past)
+            if not pairs:
+                return None
+            keys, values = [k for k, _ in pairs], [v for _, v in pairs]
+            cache = cls(keys, values, jnp.asarray(keys[0].shape[2], jnp.int32))
+        if len(cache) != layers:
+            raise ValueError(
+                f"past_key_values has {len(cache)} layers, the model has {layers}; pass what this "
+                "model returned, or one (key, value) pair per layer"
+            )
+        return cache
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens the buffers have room for."""
+        return int(self.keys[0].shape[2])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, layer: int) -> tuple[Array, Array]:
+        return self._held(self.keys[layer]), self._held(self.values[layer])
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return (self[layer] for layer in range(len(self)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens held; outside a compiled program."""
+        return int(self.length)
+
+    def grown(self, capacity: int) -> Cache:
+        """The same tokens in buffers with at least this much room."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return self
+
+        def longer(buffers: tuple[Array, ...]) -> list[Array]:
+            return [jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in buffers]
+
+        return Cache(longer(self.keys), longer(self.values), self.length)
+
+    def has_room(self, tokens: int) -> Array:
+        """Whether so many more tokens fit, bool `[]`."""
+        return (self.length >= 0) & (self.length + tokens <= self.capacity)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """What it consists of, by name (JAX asks)."""
+        names = ("keys", "values", "length")
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any, Any]) -> Cache:
+        """The cache of such parts (JAX asks)."""
+        new = object.__new__(cls)
+        new.keys, new.values, new.length = children
+        return new
+
+    def _held(self, buffer: Array) -> Array:
+        if is_traced(self.length) or is_traced(buffer):
+            return buffer
+        return buffer[:, :, : int(self.length)]
+
+
+def _pairs(past: Any) -> list[tuple[Array, Array]]:
+    try:
+        return [(jnp.asarray(pair[0]), jnp.asarray(pair[1])) for pair in past]
+    except (TypeError, IndexError, KeyError, ValueError) as fault:
+        raise ValueError(
+            f"past_key_values is a {type(past).__name__}; pass what a call returned, or one "
+            "(key, value) pair per layer"
+        ) from fault
+
+
+def with_zero_row(std: float, row: int | None) -> Callable[..., Array]:
+    """An initializer: normal values, and zeros in one row."""
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        values = initializers.normal(std)(key, shape, dtype)
+        return values if row is None else values.at[row].set(0)
+
+    return draw
+
+
+class Part(nn.Module):
+    """What every part of a decoder is told: its sizes, and the types it computes and keeps."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def linear(self, out: int, name: str | None = None, *, bias: bool) -> nn.Dense:
+        """`[..., in]` -> `[..., out]`."""
+        return nn.Dense(
+            out,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=initializers.normal(self.config.init_std),
+            name=name,
+        )
+
+    def norm(self, name: str | None = None) -> nn.LayerNorm:
+        """The layer norm of this configuration."""
+        affine = self.config.layer_norm_elementwise_affine
+        return nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_bias=affine,
+            use_scale=affine,
+            # Mean of squares less square of mean loses digits that float32 does not have to spare.
+            use_fast_variance=False,
+            name=name,
+        )
+
+
+class TokenEmbedding(Part):
+    """A table of learned rows, one for each token; rows of no token are NaN."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param(
+            "embedding",
+            with_zero_row(self.config.init_std, c.pad_token_id),
+            (c.vocab_size, c.word_embed_proj_dim),
+            self.param_dtype,
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        """`[B, T]` ids -> `[B, T, E]`; looking up padding teaches its row nothing."""
+        count, pad = self.embedding.shape[0], self.config.pad_token_id
+        rows = _rows(self.embedding, jnp.where(ids < 0, count, ids), self.dtype)
+        if pad is None:
+            return rows
+        return jnp.where((ids == pad)[..., None], jax.lax.stop_gradient(rows), rows)
+
+    def attend(self, hidden: Array) -> Array:
+        """`[..., E]` hidden states -> `[..., V]`, how well each token's row fits."""
+        return jnp.einsum("...e,ve->...v", hidden, self.embedding.astype(self.dtype))
+
+
+class PositionEmbedding(Part):
+    """A table of learned positions whose first rows no position from 0 on reads."""
+
+    @nn.compact
+    def __call__(self, positions: Array) -> Array:
+        """`[B, T]` int positions, from 0, and -1 for padding -> `[B, T, C]`; NaN for no position."""
+        c = self.config
+        count = c.max_position_embeddings + c.position_offset
+        draw = initializers.normal(self.config.init_std)
+        table = self.param("embedding", draw, (count, c.hidden_size), self.param_dtype)
+        rows = jnp.maximum(positions + c.position_offset, 0)
+        return _rows(table, jnp.where(positions < -1, count, rows), self.dtype)
+
+
+def _rows(table: Array, places: Array, dtype: Any) -> Array:
+    """Rows of a table; beyond its end NaN, where JAX would silently take the last one."""
+    return jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+class Past(NamedTuple):
+    """The buffers of one layer `[B, H, S, D]`, and where the newest tokens go in them."""
+
+    keys: Array
+    values: Array
+    start: Array
+
+
+class SelfAttention(Part):
+    """Attention of one layer: four projections around `attend`."""
+
+    layer: int = 0
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, hidden: Array, attend: Attend, past: Past | None, head_mask: Array | None
+    ) -> tuple[Array, Array | None, tuple[Array, Array]]:
+        """`[B, T, C]` -> `[B, T, C]`, the weights `[B, H, T, S]` or None, keys and values."""
+        c, bias = self.config, self.config.enable_bias
+        width = c.heads(self.layer) * c.head_dim
+        # Before q·k: in float16 the unscaled product overflows.
+        q = self._split(self.linear(width, "q_proj", bias=bias)(hidden) * c.head_dim**-0.5)
+        k = self._split(self.linear(width, "k_proj", bias=bias)(hidden))
+        v = self._split(self.linear(width, "v_proj", bias=bias)(hidden))
+        if past is not None:
+            k, v = _written(past.keys, k, past.start), _written(past.values, v, past.start)
+        drops = not self.deterministic and c.attention_dropout > 0
+        out, weights = attend(q, k, v, self.make_rng("dropout") if drops else None)  # [B, H, T, D]
+        if head_mask is not None:
+            # A factor per head commutes with the sum over keys, so every kernel can honour it.
+            factor = head_mask.astype(out.dtype)[None, :, None, None]
+            out = out * factor
+            weights = None if weights is None else weights * factor
+        B, H, T, D = out.shape
+        merged = out.swapaxes(1, 2).reshape(B, T, H * D)
+        out = self.linear(c.hidden_size, "out_proj", bias=bias)(merged)  # [B, T, C]
+        return out, weights, (k, v)
+
+    def _split(self, x: Array) -> Array:
+        B, T, width = x.shape
+        D = self.config.head_dim
+        return x.reshape(B, T, width // D, D).swapaxes(1, 2)  # [B, H, T, D]
+
+
+def _written(buffer: Array, new: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer.astype(new.dtype), new, start, axis=2)
+
+
+class DecoderLayer(Part):
+    """Self-attention and feed-forward, each beside a residual, with its norm before or after."""
+
+    layer: int = 0
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, hidden: Array, attend: Attend, past: Past | None, head_mask: Array | None
+    ) -> tuple[Array, Array | None, tuple[Array, Array]]:
+        """`[B, T, C]` -> `[B, T, C]`, the attention weights or None, keys and values."""
+        c, first, bias = self.config, self.config.do_layer_norm_before, self.config.enable_bias
+        rest = (self.dtype, self.param_dtype)
+        attention = SelfAttention(c, *rest, self.layer, self.deterministic, name="self_attn")
+        attention_norm = self.norm("self_attn_layer_norm")
+        into = attention_norm(hidden) if first else hidden
+        out, weights, pair = attention(into, attend, past, head_mask)
+        hidden = hidden + self._dropped(out)
+        if not first:
+            hidden = attention_norm(hidden)
+        last_norm = self.norm("final_layer_norm")
+        into = last_norm(hidden) if first else hidden
+        wide = self.linear(c.ffn_dim, "fc1", bias=bias)(into)  # [B, T, F]
+        wide = activation(c.activation_function)(wide)
+        hidden = hidden + self._dropped(self.linear(c.hidden_size, "fc2", bias=bias)(wide))
+        if not first:
+            hidden = last_norm(hidden)
+        return hidden, weights, pair
+
+    def _dropped(self, x: Array) -> Array:
+        return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+
+
+class DecoderOutput(NamedTuple):
+    """The last hidden state `[B, T, E]`, what was collected on the way, and the longer cache."""
+
+    last: Array
+    hidden_states: tuple[Array, ...] | None
+    attentions: tuple[Array, ...] | None
+    cache: Cache | None
+
+
+class DecoderLayers(Part):
+    """The stack of layers, each under its number."""
+
+    checkpoint_every: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Array,
+        attend: Attend,
+        cache: Cache | None,
+        head_mask: Sequence[Array | None],
+        collect_states: bool,
+        deterministic: bool,
+    ) -> DecoderOutput:
+        """`[B, T, C]` -> `[B, T, C]`; the states are what goes into each layer."""
+        states, weights, pairs = [], [], []
+        for i, factors in enumerate(head_mask):
+            if collect_states:
+                states.append(hidden)
+            past = None if cache is None else Past(cache.keys[i], cache.values[i], cache.length)
+            out, weight, pair = self._layer(i, deterministic)(hidden, attend, past, factors)
+            if not deterministic and self.config.layerdrop > 0:
+                out, weight = self._skipped(hidden, out, weight)
+            hidden = out
+            weights.append(weight)
+            pairs.append(pair)
+        kept = tuple(weight for weight in weights if weight is not None)
+        if cache is not None:
+            length = cache.length + hidden.shape[1]
+            cache = Cache([k for k, _ in pairs], [v for _, v in pairs], length)
+        return DecoderOutput(hidden, tuple(states) or None, kept or None, cache)
+
+    def _layer(self, i: int, deterministic: bool) -> nn.Module:
+        again = self.checkpoint_every > 0 and not deterministic and i % self.checkpoint_every == 0
+        kind: Any = nn.remat(DecoderLayer) if again else DecoderLayer
+        rest = (self.dtype, self.param_dtype)
+        layer: nn.Module = kind(self.config, *rest, i, deterministic, name=str(i))
+        return layer
+
+    def _skipped(
+        self, before: Array, after: Array, weight: Array | None
+    ) -> tuple[Array, Array | None]:
+        """LayerDrop (arXiv 1909.11556): in training a layer is left out by chance."""
+        key = self.make_rng("layerdrop" if self.has_rng("layerdrop") else "dropout")
+        stays = jax.random.bernoulli(key, 1.0 - self.config.layerdrop)
+        kept = None if weight is None else jnp.where(stays, weight, 0.0)
+        return jnp.where(stays, after, before), kept
+
+
+class Decoder(Part):
+    """Token and position embeddings, the layers, and the norm and projection that end them."""
+
+    #: 0: activations are kept; n: those of every n-th layer are computed again going back.
+    checkpoint_every: int = 0
+
+    def setup(self) -> None:
+        c = self.config
+        rest = (self.dtype, self.param_dtype)
+        self.embed_tokens = TokenEmbedding(c, *rest)
+        self.embed_positions = PositionEmbedding(c, *rest)
+        if c.has_projections:
+            self.project_out = self.linear(c.word_embed_proj_dim, bias=False)
+            self.project_in = self.linear(c.hidden_size, bias=False)
+        if c.has_final_layer_norm:
+            self.final_layer_norm = self.norm()
+        self.layers = DecoderLayers(c, *rest, self.checkpoint_every)
+
+    def __call__(
+        self,
+        embeds: Array,
+        positions: Array,
+        attend: Attend,
+        cache: Cache | None,
+        head_mask: Sequence[Array | None],
+        collect_states: bool,
+        deterministic: bool,
+    ) -> DecoderOutput:
+        """`[B, T, E]` embeddings and `[B, T]` or `[1, T]` positions -> `[B, T, E]`.
+
+        The new keys and values are written into the cache behind those that it holds; without room
+        for them every result is NaN. Dropout acts inside layers only, never on embeddings (the
+        published models were trained with `no_emb_dropout`). In training it reads the random
+        streams "dropout" and "layerdrop".
+        """
+        c = self.config
+        hidden = embeds.astype(self.dtype)
+        if c.has_projections:
+            hidden = self.project_in(hidden)  # [B, T, C]
+        hidden = hidden + self.embed_positions(positions)
+        if cache is not None:
+            # A write beyond the end would be moved to fit, over tokens that are still needed.
+            hidden = jnp.where(cache.has_room(embeds.shape[1]), hidden, jnp.nan)
+        out = self.layers(hidden, attend, cache, head_mask, collect_states, deterministic)
+        hidden = out.last
+        if c.has_final_layer_norm:
+            hidden = self.final_layer_norm(hidden)
+        if c.has_projections:
+            hidden = self.project_out(hidden)  # [B, T, E]
+        states = (*out.hidden_states, hidden) if out.hidden_states else None
+        return out._replace(last=hidden, hidden_states=states)
+
+
+def positions_of(mask: Array, queries: int) -> Array:
+    """Bool `[B, S]` mask over past and new tokens -> int `[B, T]` positions of the last T.
+
+    A place that the mask hides gets -1 and does not count, so padding never moves a real token.
+    """
+    counted = mask.astype(jnp.int32)
+    return (jnp.cumsum(counted, axis=1) * counted - 1)[:, -queries:]

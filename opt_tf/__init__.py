@@ -13,3 +13,27 @@ if _keras.backend.backend() != "tensorflow":
         f"opt_tf computes with TensorFlow, but Keras runs on {_keras.backend.backend()}: set "
         "KERAS_BACKEND=tensorflow before keras is imported"
     )
+
+from opt_core import __version__
+from opt_core.config import OPTConfig
+from opt_core.generation import GenerationConfig
+from opt_tf.decoder import Cache
+from opt_tf.models import (
+    TFOPTForCausalLM,
+    TFOPTForQuestionAnswering,
+    TFOPTForSequenceClassification,
+    TFOPTModel,
+    TFOPTPreTrainedModel,
+)
+
+__all__ = [
+    "Cache",
+    "GenerationConfig",
+    "OPTConfig",
+    "TFOPTForCausalLM",
+    "TFOPTForQuestionAnswering",
+    "TFOPTForSequenceClassification",
+    "TFOPTModel",
+    "TFOPTPreTrainedModel",
+    "__version__",
+]

@@ -89,6 +89,14 @@ class PositionEmbedding(keras.layers.Embedding):
         return tf.cast(found, self.compute_dtype)
 
 
+class TiedHead(keras.layers.Layer):
+    """A head that scores by the table of tokens and has no weights of its own."""
+
+    def call(self, hidden: Tensor, table: Any) -> Tensor:
+        """`[..., E]` and the table `[V, E]` -> `[..., V]`."""
+        return tf.tensordot(hidden, tf.cast(table, hidden.dtype), [[-1], [1]])
+
+
 def linear(units: int, bias: bool, dtype: Any, name: str) -> keras.layers.Dense:
     """A matrix and perhaps a bias."""
     return keras.layers.Dense(

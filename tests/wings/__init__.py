@@ -21,6 +21,8 @@ class Wing(ABC):
     """What tests ask of a wing. A model, and the cache it returns, stay the framework's own."""
 
     name: str
+    #: The name of attention that only some devices can run; None if the wing has none.
+    fused: str | None = None
 
     @abstractmethod
     def model_class(self, head: Head) -> Any:

@@ -20,6 +20,7 @@ class TorchWing(Wing):
     """opt_torch on the CPU."""
 
     name = "torch"
+    fused = "flash_attention_2"
 
     def __init__(self) -> None:
         self.limit_threads()

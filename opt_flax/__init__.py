@@ -7,3 +7,38 @@ except ImportError as fault:
     raise ImportError(
         "opt_flax needs Flax, which is not installed: pip install 'optlm[flax]'"
     ) from fault
+
+from opt_core import __version__
+from opt_core.config import OPTConfig
+from opt_core.generation import GenerationConfig
+from opt_flax.decoder import Cache
+from opt_flax.models import (
+    FlaxOPTForCausalLM,
+    FlaxOPTForCausalLMModule,
+    FlaxOPTForQuestionAnswering,
+    FlaxOPTForQuestionAnsweringModule,
+    FlaxOPTForSequenceClassification,
+    FlaxOPTForSequenceClassificationModule,
+    FlaxOPTModel,
+    FlaxOPTModule,
+    FlaxOPTPreTrainedModel,
+)
+from opt_flax.weights import shard, shardings
+
+__all__ = [
+    "Cache",
+    "FlaxOPTForCausalLM",
+    "FlaxOPTForCausalLMModule",
+    "FlaxOPTForQuestionAnswering",
+    "FlaxOPTForQuestionAnsweringModule",
+    "FlaxOPTForSequenceClassification",
+    "FlaxOPTForSequenceClassificationModule",
+    "FlaxOPTModel",
+    "FlaxOPTModule",
+    "FlaxOPTPreTrainedModel",
+    "GenerationConfig",
+    "OPTConfig",
+    "__version__",
+    "shard",
+    "shardings",
+]

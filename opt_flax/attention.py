@@ -83,12 +83,12 @@ def choose(
             return Partial(kernel, mask=None if causal else mask, blind=blind, held=held)
         if visible.is_whole:
             return Partial(tpu_flash, shown=visible.shown, blind=blind)
-    lowest = jnp.finfo(_wide(dtype)).min
+    lowest = jnp.finfo(wide(dtype)).min
     # Two depths: a query that sees nothing attends evenly to the tokens that are there, and never
     # to the places of a buffer that nobody has filled.
     floor = lowest if held is None else jnp.where(held, lowest, -jnp.inf)[None, None, None]
     plain = partial(eager, keys=visible.keys, dropout=dropout, weights=weights)
-    return Partial(plain, mask=mask, floor=jnp.asarray(floor, _wide(dtype)))
+    return Partial(plain, mask=mask, floor=jnp.asarray(floor, wide(dtype)))
 
 
 def eager(
@@ -105,11 +105,11 @@ def eager(
 ) -> tuple[Array, Array | None]:
     """The plain path. A forbidden score becomes `floor`: a query that sees nothing is even."""
     k, v = k[:, :, :keys], v[:, :, :keys]
-    wide = _wide(q.dtype)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=wide)  # [B, H, T, S]
+    kind = wide(q.dtype)
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=kind)  # [B, H, T, S]
     chances = jax.nn.softmax(jnp.where(mask, scores, floor), axis=-1).astype(v.dtype)
     kept = chances if key is None else _dropped(chances, key, dropout)
-    out = jnp.einsum("bhts,bhsd->bhtd", kept, v, preferred_element_type=wide).astype(v.dtype)
+    out = jnp.einsum("bhts,bhsd->bhtd", kept, v, preferred_element_type=kind).astype(v.dtype)
     return out, chances if weights else None  # [B, H, T, D]
 
 
@@ -125,7 +125,7 @@ def cudnn(
     keys: int,
     causal: bool,
 ) -> tuple[Array, None]:
-    """cuDNN's flash attention; `blind` queries `[B, 1, T, 1]` attend evenly."""
+    """The flash attention of cuDNN; `blind` queries `[B, 1, T, 1]` attend evenly."""
     k, v = k[:, :, :keys], v[:, :, :keys]
     rows = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, T, H, D]
     out = jax.nn.dot_product_attention(
@@ -166,7 +166,7 @@ def _evened(out: Array, v: Array, blind: Array | None, held: Array | None) -> Ar
     if blind is None:
         return out
     there = None if held is None else held[None, None, :, None]
-    mean = jnp.mean(v, axis=2, keepdims=True, where=there, dtype=_wide(v.dtype))
+    mean = jnp.mean(v, axis=2, keepdims=True, where=there, dtype=wide(v.dtype))
     return jnp.where(blind, mean.astype(out.dtype), out)
 
 
@@ -177,9 +177,9 @@ def _dropped(weights: Array, key: Array, rate: float) -> Array:
     return jnp.where(kept, weights / jnp.asarray(1.0 - rate, weights.dtype), 0.0)
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
     """The type in which scores and sums are held: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def _refuse(implementation: str, dtype: Any, platform: str, weights: bool, dropout: float) -> None:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.nn import initializers
 
 from opt_core.config import ACTIVATIONS, DecoderConfig
-from opt_flax.attention import Attend
+from opt_flax.attention import Attend, wide
 
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -175,25 +175,30 @@ class Part(nn.Module):
             name=name,
         )
 
-    def norm(self, name: str | None = None) -> nn.LayerNorm:
-        """The layer norm of this configuration."""
-        affine = self.config.layer_norm_elementwise_affine
-        return nn.LayerNorm(
-            epsilon=self.config.layer_norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=affine,
-            use_scale=affine,
-            # Mean of squares less square of mean loses digits that float32 does not have to spare.
-            use_fast_variance=False,
-            name=name,
-        )
+
+class LayerNorm(Part):
+    """The layer norm of a configuration, computed in float32 at least."""
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """`[B, T, C]` -> `[B, T, C]`."""
+        width, kind = (hidden.shape[-1],), wide(self.dtype)
+        hidden = hidden.astype(kind)
+        centred = hidden - hidden.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
+        if self.config.layer_norm_elementwise_affine:
+            scale = self.param("scale", initializers.ones, width, self.param_dtype)
+            bias = self.param("bias", initializers.zeros, width, self.param_dtype)
+            normed = normed * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
+        return normed.astype(self.dtype)
 
 
 class TokenEmbedding(Part):
     """A table of learned rows, one for each token; rows of no token are NaN."""
 
     def setup(self) -> None:
+        """Make the table."""
         c = self.config
         self.embedding = self.param(
             "embedding",
@@ -220,7 +225,7 @@ class PositionEmbedding(Part):
 
     @nn.compact
     def __call__(self, positions: Array) -> Array:
-        """`[B, T]` int positions, from 0, and -1 for padding -> `[B, T, C]`; NaN for no position."""
+        """`[B, T]` int positions, from 0, -1 for padding -> `[B, T, C]`; NaN for no position."""
         c = self.config
         count = c.max_position_embeddings + c.position_offset
         draw = initializers.normal(self.config.init_std)
@@ -297,17 +302,16 @@ class DecoderLayer(Part):
         c, first, bias = self.config, self.config.do_layer_norm_before, self.config.enable_bias
         rest = (self.dtype, self.param_dtype)
         attention = SelfAttention(c, *rest, self.layer, self.deterministic, name="self_attn")
-        attention_norm = self.norm("self_attn_layer_norm")
+        attention_norm = LayerNorm(c, *rest, name="self_attn_layer_norm")
         into = attention_norm(hidden) if first else hidden
         out, weights, pair = attention(into, attend, past, head_mask)
         hidden = hidden + self._dropped(out)
         if not first:
             hidden = attention_norm(hidden)
-        last_norm = self.norm("final_layer_norm")
+        last_norm = LayerNorm(c, *rest, name="final_layer_norm")
         into = last_norm(hidden) if first else hidden
-        wide = self.linear(c.ffn_dim, "fc1", bias=bias)(into)  # [B, T, F]
-        wide = activation(c.activation_function)(wide)
-        hidden = hidden + self._dropped(self.linear(c.hidden_size, "fc2", bias=bias)(wide))
+        out = activation(c.activation_function)(self.linear(c.ffn_dim, "fc1", bias=bias)(into))
+        hidden = hidden + self._dropped(self.linear(c.hidden_size, "fc2", bias=bias)(out))
         if not first:
             hidden = last_norm(hidden)
         return hidden, weights, pair
@@ -382,6 +386,7 @@ class Decoder(Part):
     checkpoint_every: int = 0
 
     def setup(self) -> None:
+        """Make the parts."""
         c = self.config
         rest = (self.dtype, self.param_dtype)
         self.embed_tokens = TokenEmbedding(c, *rest)
@@ -390,7 +395,7 @@ class Decoder(Part):
             self.project_out = self.linear(c.word_embed_proj_dim, bias=False)
             self.project_in = self.linear(c.hidden_size, bias=False)
         if c.has_final_layer_norm:
-            self.final_layer_norm = self.norm()
+            self.final_layer_norm = LayerNorm(c, *rest)
         self.layers = DecoderLayers(c, *rest, self.checkpoint_every)
 
     def __call__(

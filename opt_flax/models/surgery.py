@@ -1,0 +1,102 @@
+"""Changes of a built model: another vocabulary, fewer heads, parameters of another type."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME, table
+from opt_flax.weights import Params, check_fit, path_of
+
+if TYPE_CHECKING:
+    from opt_flax.models.base import FlaxOPTPreTrainedModel
+
+
+def resize(model: FlaxOPTPreTrainedModel, size: int, params: Params) -> Params:
+    """Parameters with `size` rows of the embedding, and of an untied head."""
+    old = model.config
+    check_fit(old, model.head, params)
+    config = old.replace(vocab_size=size).locked()
+    if size < old.vocab_size:
+        warnings.warn(
+            f"the vocabulary shrinks from {old.vocab_size} to {size} tokens: the rows of the "
+            "others are gone (published OPT has more rows than its tokenizer has tokens)",
+            stacklevel=3,
+        )
+    rows, leaves = table(old, model.head), flatten_dict(unfreeze(params))
+    key = jax.random.fold_in(model.key, size)
+    for axis, name in enumerate((EMBEDDING_NAME, LM_HEAD_NAME)):
+        if name in rows:
+            path = path_of(rows[name], model.head)
+            own = jax.random.fold_in(key, axis)
+            leaves[path] = _resized(leaves[path], size, axis, own, old.init_std)
+    model._adopt(config)
+    changed: Params = unflatten_dict(leaves)
+    return changed
+
+
+def prune(
+    model: FlaxOPTPreTrainedModel, heads: Mapping[int, Iterable[int]], params: Params
+) -> Params:
+    """Parameters without the named heads' part of q, k, v and of the output projection."""
+    old = model.config
+    check_fit(old, model.head, params)
+    pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
+    for layer, gone in heads.items():
+        pruned[layer] = pruned.get(layer, set()) | set(gone)
+    listed = {layer: sorted(gone) for layer, gone in pruned.items() if gone}
+    config = old.replace(pruned_heads=listed).locked()
+    leaves = flatten_dict(unfreeze(params))
+    for path, leaf in leaves.items():
+        if "self_attn" not in path:
+            continue
+        layer, projection = int(path[path.index("layers") + 1]), path[-2]
+        if layer not in listed or (projection == "out_proj" and path[-1] == "bias"):
+            continue
+        before = [
+            h for h in range(old.num_attention_heads) if h not in old.pruned_heads.get(layer, ())
+        ]
+        keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
+        # In Flax a kernel is `[in, out]`: heads are the output of q, k and v, and enter out_proj.
+        leaves[path] = _kept(leaf, keep, old.head_dim, 0 if projection == "out_proj" else -1)
+    model._adopt(config)
+    changed: Params = unflatten_dict(leaves)
+    return changed
+
+
+def cast(params: Params, dtype: Any, mask: Any) -> Params:
+    """The same tree with leaves of floating type in `dtype`, where the mask's leaf is True."""
+
+    def convert(leaf: Any, chosen: Any = True) -> Any:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(leaf).astype(dtype) if chosen and is_float else leaf
+
+    plain = unfreeze(params)
+    changed: Params = (
+        jax.tree.map(convert, plain)
+        if mask is None
+        else jax.tree.map(convert, plain, unfreeze(mask))
+    )
+    return changed
+
+
+def _resized(values: Array, size: int, axis: int, key: Array, std: float) -> Array:
+    same = min(size, values.shape[axis])
+    kept = jax.lax.slice_in_dim(values, 0, same, axis=axis)
+    shape = list(values.shape)
+    shape[axis] = size - same
+    added = (jax.random.normal(key, shape, jnp.float32) * std).astype(values.dtype)
+    return jnp.concatenate([kept, added], axis)
+
+
+def _kept(values: Array, keep: list[int], width: int, axis: int) -> Array:
+    places = np.array([head * width + i for head in keep for i in range(width)])
+    return jnp.take(values, places, axis=axis)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.config import DecoderConfig
-from opt_tf.attention import Attend
+from opt_tf.attention import GENERATOR, Attend, dropped
 from opt_tf.layers import PositionEmbedding, TokenEmbedding, activation, linear, norm
 
 #: The seeds that one layer needs: of its attention weights, of its two residuals, of its own drop.
@@ -236,7 +236,7 @@ class DecoderLayer(keras.layers.Layer):
     def _dropped(self, x: Tensor, seeds: Tensor | None, which: int) -> Tensor:
         if seeds is None or not self.config.dropout:
             return x
-        return tf.nn.experimental.stateless_dropout(x, self.config.dropout, seeds[which])
+        return dropped(x, self.config.dropout, seeds[which])
 
 
 class DecoderOutput(NamedTuple):
@@ -331,7 +331,9 @@ class Decoder(keras.layers.Layer):
     def _seeds(self) -> Tensor:
         """Fresh seeds `[L, 4, 2]` of this call; the generator moves on in graphs and XLA too."""
         seed = tf.cast(self.seed_generator.next(), tf.int32)
-        drawn = tf.random.experimental.stateless_split(seed, len(self.layers) * _SEEDS)
+        drawn = tf.random.experimental.stateless_split(
+            seed, len(self.layers) * _SEEDS, alg=GENERATOR
+        )
         return tf.reshape(drawn, (len(self.layers), _SEEDS, 2))
 
     def _run(
@@ -356,7 +358,7 @@ class Decoder(keras.layers.Layer):
             return out, weights, pair
         # LayerDrop (arXiv 1909.11556): in training a layer is left out by chance. It is computed
         # all the same, so that a compiled program is one.
-        left_out = tf.random.stateless_uniform((), seeds[3]) < rate
+        left_out = tf.random.stateless_uniform((), seeds[3], alg=GENERATOR) < rate
         if weights is not None:
             weights = tf.where(left_out, tf.zeros_like(weights), weights)
         return tf.where(left_out, hidden, out), weights, pair

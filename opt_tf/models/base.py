@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import keras
@@ -25,6 +26,9 @@ from opt_tf.training import TrainingMixin, in_step
 
 #: Keras's policies that compute in a half type over float32 weights.
 MIXED = ("mixed_float16", "mixed_bfloat16")
+
+
+_CALLED_DIRECTLY: ContextVar[Any] = ContextVar("called_directly", default=None)
 
 
 class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
@@ -93,21 +97,32 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         """Call the model: by keywords, or with everything in the first argument."""
-        return super().__call__(**inputs.named(self, given, options))
+        directly = tf.executing_eagerly() and not in_step() and self._is_outermost()
+        token = _CALLED_DIRECTLY.set(self if directly else None)
+        try:
+            return super().__call__(**inputs.named(self, given, options))
+        finally:
+            _CALLED_DIRECTLY.reset(token)
 
     # --- outputs -----------------------------------------------------------------------------
+
+    def _is_outermost(self) -> bool:
+        """Whether no other layer is calling this one."""
+        if self._get_call_context().entry_layer is not self:
+            return False
+        # Asking has opened a context; the call will open its own.
+        self._maybe_reset_call_context()
+        return True
 
     @property
     def _is_called_directly(self) -> bool:
         """Whether Python itself called this model: no layer, no step of `fit`, no program."""
-        if not tf.executing_eagerly() or in_step():
-            return False
-        return self._get_call_context().entry_layer is self
+        return _CALLED_DIRECTLY.get() is self
 
     def _caches(self, use_cache: bool | None, training: bool | None) -> bool:
         """Whether this call returns a cache: never where layers are run again or left out."""
         default = self.config.use_cache and self._is_called_directly
-        if not (training and (self._decoder.checkpoint_every or self.config.layerdrop)):
+        if not (training and (self._decoder().checkpoint_every or self.config.layerdrop)):
             return default if use_cache is None else use_cache
         if use_cache:
             warnings.warn(
@@ -132,14 +147,9 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
 
     # --- parts -------------------------------------------------------------------------------
 
-    @property
-    def base_model(self) -> keras.Model:
-        """The `TFOPTModel` inside, or this model if it is one."""
-        return self if self.head is Head.NONE else self.model
-
-    @property
     def _decoder(self) -> Decoder:
-        decoder: Decoder = self.base_model.decoder
+        # No property: Keras would save its weights a second time, under that name.
+        decoder: Decoder = self.decoder if self.head is Head.NONE else self.model.decoder
         return decoder
 
     @property
@@ -218,11 +228,11 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding."""
-        return self._decoder.embed_tokens
+        return self._decoder().embed_tokens
 
     def set_input_embeddings(self, value: keras.layers.Embedding) -> None:
         """Replace the token embedding; a tied head follows."""
-        surgery.put(self._decoder, "embed_tokens", value)
+        surgery.put(self._decoder(), "embed_tokens", value)
 
     def get_output_embeddings(self) -> keras.layers.Layer | None:
         """What scores tokens: the head, the embedding if they are tied, or None without a head."""
@@ -271,14 +281,14 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass."""
-        return self._decoder.checkpoint_every > 0
+        return self._decoder().checkpoint_every > 0
 
     def gradient_checkpointing_enable(self, every_n_layers: int = 1) -> None:
         """Trade time for memory in training: activations of layers are computed again going back.
 
         Programs that were traced before keep to what they were traced with; `fit` traces anew.
         """
-        self._decoder.checkpoint_every = every_n_layers
+        self._decoder().checkpoint_every = every_n_layers
         self.train_function = None
 
     def gradient_checkpointing_disable(self) -> None:
@@ -290,8 +300,8 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
         chosen = self.trainable_weights if only_trainable else self.weights
         left_out = set()
         if exclude_embeddings:
-            left_out = {id(v) for v in self._decoder.embed_tokens.weights}
-            left_out |= {id(v) for v in self._decoder.embed_positions.weights}
+            left_out = {id(v) for v in self._decoder().embed_tokens.weights}
+            left_out |= {id(v) for v in self._decoder().embed_positions.weights}
         return sum(int(tf.size(v)) for v in chosen if id(v) not in left_out)
 
 

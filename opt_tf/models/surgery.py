@@ -29,8 +29,8 @@ def resize(model: TFOPTPreTrainedModel, size: int) -> None:
     embedding = model.get_input_embeddings()
     replace(embedding, "embeddings", _resized(embedding.embeddings, size, 0, old.init_std))
     embedding.input_dim = size
-    head = getattr(model, "lm_head", None)
-    if head is not None:
+    head = model.get_output_embeddings()
+    if head is not None and head is not embedding:
         replace(head, "kernel", _resized(head.kernel, size, 1, old.init_std))
         head.units = size
     model._adopt(config)
@@ -51,7 +51,7 @@ def prune(model: TFOPTPreTrainedModel, heads: Mapping[int, Iterable[int]]) -> No
         ]
         keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
         places = [head * old.head_dim + i for head in keep for i in range(old.head_dim)]
-        attention = model._decoder.layers[layer].self_attn
+        attention = model._decoder().layers[layer].self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             replace(projection, "kernel", tf.gather(projection.kernel.value, places, axis=1))
             if projection.use_bias:

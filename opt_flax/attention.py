@@ -45,9 +45,10 @@ class Visible(NamedTuple):
         """Bool `[1 or B, 1, T, keys]`, True where a query may attend."""
         places = jnp.arange(self.queries, dtype=jnp.int32) + jnp.int32(self.start)
         seen = jnp.arange(self.keys, dtype=jnp.int32)[None] <= places[:, None]  # [T, S]
-        if self.shown is None:
-            return seen[None, None]
-        return seen[None, None] & self.shown.astype(bool)[:, None, None, :]  # [B, 1, T, S]
+        mask: Array = seen[None, None]
+        if self.shown is not None:
+            mask = mask & self.shown.astype(bool)[:, None, None, :]  # [B, 1, T, S]
+        return mask
 
     def held(self) -> Array | None:
         """Bool `[keys]`, True where a buffer is filled; None where it is full."""
@@ -127,9 +128,9 @@ def cudnn(
 ) -> tuple[Array, None]:
     """The flash attention of cuDNN; `blind` queries `[B, 1, T, 1]` attend evenly."""
     k, v = k[:, :, :keys], v[:, :, :keys]
-    rows = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, T, H, D]
+    rows, keyed, valued = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, T, H, D]
     out = jax.nn.dot_product_attention(
-        *rows, mask=mask, scale=1.0, is_causal=causal, implementation="cudnn"
+        rows, keyed, valued, mask=mask, scale=1.0, is_causal=causal, implementation="cudnn"
     )
     return _evened(out.swapaxes(1, 2), v, blind, held), None  # [B, H, T, D]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,8 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
 class Cache:
     """Keys and values of the tokens so far; reads as a tuple of `(key, value)`, `[B, H, S, D]`.
 
@@ -46,21 +48,19 @@ class Cache:
     it is not known, S is the capacity. Places that nobody has filled hold zeros.
     """
 
-    def __init__(self, keys: Sequence[Array], values: Sequence[Array], length: Any) -> None:
-        self.keys, self.values, self.length = tuple(keys), tuple(values), length
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Any
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> Cache:
         """Room for `capacity` tokens in every one of `batch` rows."""
-
-        def zeros() -> list[Array]:
-            shapes = (
-                (batch, config.heads(layer), capacity, config.head_dim)
-                for layer in range(config.num_hidden_layers)
-            )
-            return [jnp.zeros(shape, dtype) for shape in shapes]
-
-        return cls(zeros(), zeros(), jnp.zeros((), jnp.int32))
+        heads = [config.heads(layer) for layer in range(config.num_hidden_layers)]
+        keys, values = (
+            tuple(jnp.zeros((batch, H, capacity, config.head_dim), dtype) for H in heads)
+            for _ in range(2)
+        )
+        return cls(keys, values, jnp.zeros((), jnp.int32))
 
     @classmethod
     def of(cls, past: Any, layers: int) -> Cache | None:
@@ -69,27 +69,32 @@ class Cache:
         Raises:
             ValueError: it is none of these, or has another number of layers.
         """
-        if past is None:
-            return None
-        if isinstance(past, Cache):
-            cache = past
-        else:
-            pairs = _pairs(past)
-            if not pairs:
-                return None
-            keys, values = [k for k, _ in pairs], [v for _, v in pairs]
-            cache = cls(keys, values, jnp.asarray(keys[0].shape[2], jnp.int32))
-        if len(cache) != layers:
+        cache = past if past is None or isinstance(past, Cache) else cls._of_pairs(past)
+        if cache is not None and len(cache) != layers:
             raise ValueError(
                 f"past_key_values has {len(cache)} layers, the model has {layers}; pass what this "
                 "model returned, or one (key, value) pair per layer"
             )
         return cache
 
+    @classmethod
+    def _of_pairs(cls, past: Any) -> Cache | None:
+        try:
+            pairs = [(jnp.asarray(pair[0]), jnp.asarray(pair[1])) for pair in past]
+        except (TypeError, IndexError, KeyError, ValueError) as fault:
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}; pass what a call returned, or one "
+                "(key, value) pair per layer"
+            ) from fault
+        if not pairs:
+            return None
+        keys, values = zip(*pairs, strict=True)
+        return cls(keys, values, jnp.asarray(keys[0].shape[2], jnp.int32))
+
     @property
     def capacity(self) -> int:
         """How many tokens the buffers have room for."""
-        return int(self.keys[0].shape[2])
+        return self.keys[0].shape[2]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -98,11 +103,7 @@ class Cache:
         return self._held(self.keys[layer]), self._held(self.values[layer])
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
-        return (self[layer] for layer in range(len(self)))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens held; outside a compiled program."""
-        return int(self.length)
+        return map(self.__getitem__, range(len(self)))
 
     def grown(self, capacity: int) -> Cache:
         """The same tokens in buffers with at least this much room."""
@@ -110,51 +111,14 @@ class Cache:
         if more <= 0:
             return self
 
-        def longer(buffers: tuple[Array, ...]) -> list[Array]:
-            return [jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in buffers]
-
-        return Cache(longer(self.keys), longer(self.values), self.length)
-
-    def has_room(self, tokens: int) -> Array:
-        """Whether so many more tokens fit, bool `[]`."""
-        return (self.length >= 0) & (self.length + tokens <= self.capacity)
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        """What it consists of, by name (JAX asks)."""
-        names = ("keys", "values", "length")
-        return tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any, Any, Any]) -> Cache:
-        """The cache of such parts (JAX asks)."""
-        new = object.__new__(cls)
-        new.keys, new.values, new.length = children
-        return new
+        buffers = (self.keys, self.values)
+        longer = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), buffers)
+        return Cache(*longer, self.length)
 
     def _held(self, buffer: Array) -> Array:
         if is_traced(self.length) or is_traced(buffer):
             return buffer
         return buffer[:, :, : int(self.length)]
-
-
-def _pairs(past: Any) -> list[tuple[Array, Array]]:
-    try:
-        return [(jnp.asarray(pair[0]), jnp.asarray(pair[1])) for pair in past]
-    except (TypeError, IndexError, KeyError, ValueError) as fault:
-        raise ValueError(
-            f"past_key_values is a {type(past).__name__}; pass what a call returned, or one "
-            "(key, value) pair per layer"
-        ) from fault
-
-
-def with_zero_row(std: float, row: int | None) -> Callable[..., Array]:
-    """An initializer: normal values, and zeros in one row."""
-
-    def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        values = initializers.normal(std)(key, shape, dtype)
-        return values if row is None else values.at[row].set(0)
-
-    return draw
 
 
 class Part(nn.Module):
@@ -188,9 +152,9 @@ class LayerNorm(Part):
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
         if self.config.layer_norm_elementwise_affine:
-            scale = self.param("scale", initializers.ones, width, self.param_dtype)
-            bias = self.param("bias", initializers.zeros, width, self.param_dtype)
-            normed = normed * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
+            scale = self.param("scale", initializers.ones, width, self.param_dtype).astype(kind)
+            bias = self.param("bias", initializers.zeros, width, self.param_dtype).astype(kind)
+            normed = normed * scale[None, None] + bias[None, None]
         return normed.astype(self.dtype)
 
 
@@ -200,12 +164,8 @@ class TokenEmbedding(Part):
     def setup(self) -> None:
         """Make the table."""
         c = self.config
-        self.embedding = self.param(
-            "embedding",
-            with_zero_row(self.config.init_std, c.pad_token_id),
-            (c.vocab_size, c.word_embed_proj_dim),
-            self.param_dtype,
-        )
+        shape = (c.vocab_size, c.word_embed_proj_dim)
+        self.embedding = self.param("embedding", self._draw, shape, self.param_dtype)
 
     def __call__(self, ids: Array) -> Array:
         """`[B, T]` ids -> `[B, T, E]`; looking up padding teaches its row nothing."""
@@ -214,6 +174,11 @@ class TokenEmbedding(Part):
         if pad is None:
             return rows
         return jnp.where((ids == pad)[..., None], jax.lax.stop_gradient(rows), rows)
+
+    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        rows = initializers.normal(self.config.init_std)(key, shape, dtype)
+        pad = self.config.pad_token_id
+        return rows if pad is None else rows.at[pad].set(0)
 
     def attend(self, hidden: Array) -> Array:
         """`[..., E]` hidden states -> `[..., V]`, how well each token's row fits."""
@@ -239,12 +204,8 @@ def _rows(table: Array, places: Array, dtype: Any) -> Array:
     return jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
 
 
-class Past(NamedTuple):
-    """The buffers of one layer `[B, H, S, D]`, and where the newest tokens go in them."""
-
-    keys: Array
-    values: Array
-    start: Array
+#: The buffers of one layer `[B, H, S, D]`, and where the newest tokens go in them.
+Past = tuple[Array, Array, Array]
 
 
 class SelfAttention(Part):
@@ -265,7 +226,8 @@ class SelfAttention(Part):
         k = self._split(self.linear(width, "k_proj", bias=bias)(hidden))
         v = self._split(self.linear(width, "v_proj", bias=bias)(hidden))
         if past is not None:
-            k, v = _written(past.keys, k, past.start), _written(past.values, v, past.start)
+            keys, values, start = past
+            k, v = _written(keys, k, start), _written(values, v, start)
         drops = not self.deterministic and c.attention_dropout > 0
         out, weights = attend(q, k, v, self.make_rng("dropout") if drops else None)  # [B, H, T, D]
         if head_mask is not None:
@@ -273,15 +235,12 @@ class SelfAttention(Part):
             factor = head_mask.astype(out.dtype)[None, :, None, None]
             out = out * factor
             weights = None if weights is None else weights * factor
-        B, H, T, D = out.shape
-        merged = out.swapaxes(1, 2).reshape(B, T, H * D)
+        merged = out.swapaxes(1, 2).reshape(*hidden.shape[:2], width)
         out = self.linear(c.hidden_size, "out_proj", bias=bias)(merged)  # [B, T, C]
         return out, weights, (k, v)
 
     def _split(self, x: Array) -> Array:
-        B, T, width = x.shape
-        D = self.config.head_dim
-        return x.reshape(B, T, width // D, D).swapaxes(1, 2)  # [B, H, T, D]
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)  # [B, H, T, D]
 
 
 def _written(buffer: Array, new: Array, start: Array) -> Array:
@@ -317,7 +276,8 @@ class DecoderLayer(Part):
         return hidden, weights, pair
 
     def _dropped(self, x: Array) -> Array:
-        return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+        out: Array = nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+        return out
 
 
 class DecoderOutput(NamedTuple):
@@ -349,25 +309,23 @@ class DecoderLayers(Part):
         for i, factors in enumerate(head_mask):
             if collect_states:
                 states.append(hidden)
-            past = None if cache is None else Past(cache.keys[i], cache.values[i], cache.length)
-            out, weight, pair = self._layer(i, deterministic)(hidden, attend, past, factors)
+            past = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
+            before = hidden
+            hidden, weight, pair = self._layer(i, deterministic)(before, attend, past, factors)
             if not deterministic and self.config.layerdrop > 0:
-                out, weight = self._skipped(hidden, out, weight)
-            hidden = out
-            weights.append(weight)
-            pairs.append(pair)
+                hidden, weight = self._skipped(before, hidden, weight)
+            weights, pairs = [*weights, weight], [*pairs, pair]
         kept = tuple(weight for weight in weights if weight is not None)
         if cache is not None:
             length = cache.length + hidden.shape[1]
-            cache = Cache([k for k, _ in pairs], [v for _, v in pairs], length)
+            keys, values = zip(*pairs, strict=True)
+            cache = Cache(keys, values, length)
         return DecoderOutput(hidden, tuple(states) or None, kept or None, cache)
 
-    def _layer(self, i: int, deterministic: bool) -> nn.Module:
+    def _layer(self, i: int, deterministic: bool) -> Any:
         again = self.checkpoint_every > 0 and not deterministic and i % self.checkpoint_every == 0
         kind: Any = nn.remat(DecoderLayer) if again else DecoderLayer
-        rest = (self.dtype, self.param_dtype)
-        layer: nn.Module = kind(self.config, *rest, i, deterministic, name=str(i))
-        return layer
+        return kind(self.config, self.dtype, self.param_dtype, i, deterministic, name=str(i))
 
     def _skipped(
         self, before: Array, after: Array, weight: Array | None
@@ -422,11 +380,10 @@ class Decoder(Part):
         hidden = hidden + self.embed_positions(positions)
         if cache is not None:
             # A write beyond the end would be moved to fit, over tokens that are still needed.
-            hidden = jnp.where(cache.has_room(embeds.shape[1]), hidden, jnp.nan)
+            last = cache.length + embeds.shape[1]
+            hidden = jnp.where((cache.length >= 0) & (last <= cache.capacity), hidden, jnp.nan)
         out = self.layers(hidden, attend, cache, head_mask, collect_states, deterministic)
-        hidden = out.last
-        if c.has_final_layer_norm:
-            hidden = self.final_layer_norm(hidden)
+        hidden = self.final_layer_norm(out.last) if c.has_final_layer_norm else out.last
         if c.has_projections:
             hidden = self.project_out(hidden)  # [B, T, E]
         states = (*out.hidden_states, hidden) if out.hidden_states else None

@@ -99,7 +99,8 @@ def fresh(config: OPTConfig, head: Head, key: Array, dtype: Any) -> Params:
 def _drawn(row: Weight, key: Array, dtype: Any) -> Array:
     # A stream of its own for each name, so that values do not depend on what else is drawn.
     key = jax.random.fold_in(key, zlib.crc32(row.name.encode()))
-    return _normal(key, shape_of(row), row.mean, row.std, row.zero_row, jnp.dtype(dtype))
+    values: Array = _normal(key, shape_of(row), row.mean, row.std, row.zero_row, jnp.dtype(dtype))
+    return values
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
@@ -161,7 +162,8 @@ class _Stored:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.array.dtype)
+        kind: np.dtype[Any] = np.dtype(self.array.dtype)
+        return kind
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> NDArray[Any]:
         values = np.asarray(self.array)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -17,26 +17,19 @@ from jax.sharding import Mesh
 
 from opt_core.checkpoint import TensorSource
 from opt_core.config import DTYPES, OPTConfig
-from opt_core.config.rules import RULES
 from opt_core.generation import GenerationConfig
 from opt_core.pretrained import SavingMixin
 from opt_core.weights import Head
 from opt_flax import weights
 from opt_flax.attention import IMPLEMENTATIONS
 from opt_flax.decoder import Cache
-from opt_flax.models import inputs, surgery
+from opt_flax.models import inputs
 from opt_flax.models.inputs import Asked, Given, Program, Training
+from opt_flax.models.surgery import ChangesMixin
 from opt_flax.weights import Params
 
-#: Fields of a configuration that say nothing about what a module computes.
-_SILENT = {
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "init_std"),
-    *("bos_token_id", "eos_token_id", "id2label", "label2id", "dtype"),
-}
-COMPUTED = tuple(name for name in RULES if name not in _SILENT)
 
-
-class FlaxOPTPreTrainedModel(SavingMixin):
+class FlaxOPTPreTrainedModel(ChangesMixin, SavingMixin):
     """A Linen module with its parameters, called as in Hugging Face transformers.
 
     Parameters are float32 unless `param_dtype` names another type; `dtype` is that of the
@@ -107,7 +100,7 @@ class FlaxOPTPreTrainedModel(SavingMixin):
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
-        plain = unfreeze(params)
+        plain = unfreeze(dict(params))
         weights.check_fit(self.config, self.head, plain)
         self._params = plain
 
@@ -156,7 +149,9 @@ class FlaxOPTPreTrainedModel(SavingMixin):
         made = weights.fresh(self.config, self.head, rng, self._module.param_dtype)
         if params is None:
             return made
-        full: Params = unflatten_dict({**flatten_dict(made), **flatten_dict(unfreeze(params))})
+        full: Params = unflatten_dict(
+            {**flatten_dict(made), **flatten_dict(unfreeze(dict(params)))}
+        )
         weights.check_fit(self.config, self.head, full)
         return full
 
@@ -235,7 +230,7 @@ class FlaxOPTPreTrainedModel(SavingMixin):
             )
         program = Program(
             self._module,
-            self._parts(),
+            inputs.parts_of(self._module),
             _or(asked.output_attentions, config.output_attentions),
             _or(asked.output_hidden_states, config.output_hidden_states),
             deterministic,
@@ -250,13 +245,6 @@ class FlaxOPTPreTrainedModel(SavingMixin):
     def _draws(self) -> bool:
         c = self.config
         return max(c.dropout, c.attention_dropout, c.layerdrop) > 0
-
-    def _parts(self) -> tuple[Any, ...]:
-        """All that decides what the module computes; fields of the configuration may change."""
-        module, fields = self._module, vars(self.config)
-        kinds = (jnp.dtype(module.dtype), jnp.dtype(module.param_dtype))
-        options = (module.attn_implementation, module.checkpoint_every)
-        return (type(module), *kinds, *options, *(str(fields[name]) for name in COMPUTED))
 
     def _caches(self, use_cache: bool | None, deterministic: bool) -> bool:
         """Whether this call returns a cache: never where layers are run again or left out."""
@@ -377,89 +365,15 @@ class FlaxOPTPreTrainedModel(SavingMixin):
         if params is None:
             return self
         other = copy.copy(self)
-        other.params = params  # type: ignore[assignment]
+        other.params = params
         return other
 
     def _stored_tensors(self) -> Mapping[str, TensorSource]:
         return weights.tensors(self.params, self.config, self.head)
 
     def _stored_dtype(self) -> str:
-        return jnp.dtype(jax.tree.leaves(self.params)[0].dtype).name
-
-    # --- types, shapes, memory ---------------------------------------------------------------
-
-    def to_bf16(self, params: Params, mask: Any = None) -> Params:
-        """The parameters in bfloat16; those only for which a tree of bools says True."""
-        return surgery.cast(params, jnp.bfloat16, mask)
-
-    def to_fp16(self, params: Params, mask: Any = None) -> Params:
-        """The parameters in float16; those only for which a tree of bools says True."""
-        return surgery.cast(params, jnp.float16, mask)
-
-    def to_fp32(self, params: Params, mask: Any = None) -> Params:
-        """The parameters in float32; those only for which a tree of bools says True."""
-        return surgery.cast(params, jnp.float32, mask)
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        *,
-        params: Params | None = None,
-    ) -> Params:
-        """Change the size of the vocabulary, keeping the rows that stay and the tie.
-
-        New rows are drawn as fresh ones are. Returns the new parameters, of the model's own (which
-        it then holds) or of those given. The same ones if no size is given.
-
-        Raises:
-            ValueError: a size below 1, or one that leaves a special token outside.
-        """
-        size = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
-        if pad_to_multiple_of is not None:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        changed = self.params if params is None else params
-        if size != self.config.vocab_size:
-            changed = surgery.resize(self, size, changed)
-        if params is None:
-            self._params = changed
-        return changed
-
-    def prune_heads(
-        self, heads_to_prune: Mapping[int, Iterable[int]], *, params: Params | None = None
-    ) -> Params:
-        """Remove attention heads for good: `{layer: heads}`, numbered as in the whole model.
-
-        Returns the new parameters, of the model's own (which it then holds) or of those given.
-
-        Raises:
-            ValueError: there is no such layer or head, or a layer would keep none.
-        """
-        changed = surgery.prune(self, heads_to_prune, self.params if params is None else params)
-        if params is None:
-            self._params = changed
-        return changed
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
-        every: int = self._module.checkpoint_every
-        return every > 0
-
-    def enable_gradient_checkpointing(self, every_n_layers: int = 1) -> None:
-        """Trade time for memory in training: activations of layers are computed again going back.
-
-        The model gets a new `module`, over the same parameters.
-        """
-        self._module = self._module.clone(checkpoint_every=every_n_layers)
-
-    def gradient_checkpointing_enable(self, every_n_layers: int = 1) -> None:
-        """The same, under the name that it has in the other wings."""
-        self.enable_gradient_checkpointing(every_n_layers)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self._module = self._module.clone(checkpoint_every=0)
+        name: str = jnp.dtype(jax.tree.leaves(self.params)[0].dtype).name
+        return name
 
 
 def _or(option: bool | None, default: bool) -> bool:

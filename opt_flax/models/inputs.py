@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +16,15 @@ from numpy.typing import NDArray
 
 from opt_core import arguments
 from opt_core.config import OPTConfig
+from opt_core.config.rules import RULES
 from opt_core.generation import bucket
-from opt_core.outputs import ModelOutput
+from opt_core.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+)
 from opt_flax.attention import Visible
 from opt_flax.decoder import Cache, is_traced, positions_of
 
@@ -71,7 +79,7 @@ def check(config: OPTConfig, given: Given, *, keeps_mask: bool = False) -> Given
     Raises:
         ValueError: an argument of the wrong shape or range, or too long an input.
     """
-    given = Given(*map(as_array, given[:5]), *given[5:])
+    given = Given._make([*map(as_array, given[:5]), given.past])
     B, T = arguments.check_tokens(config, told(given.input_ids), told(given.inputs_embeds))
     held = 0 if given.past is None else _held(given.past)
     ids, mask, positions = given.input_ids, given.attention_mask, given.position_ids
@@ -136,6 +144,7 @@ def resolve(config: OPTConfig, given: Given, *, capacity: int | None, dtype: Any
     if positions is None and shown is None:
         positions = (jnp.arange(T, dtype=jnp.int32) + start)[None]
     elif positions is None:
+        assert shown is not None
         positions = _these(positions_of(shown, keys), start, T)
     positions = positions.astype(jnp.int32)
     if mask is not None and mask.dtype != bool:
@@ -250,6 +259,22 @@ class Program:
     capacity: int
 
 
+#: Fields of a configuration that say nothing about what a module computes.
+_SILENT = {
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "init_std"),
+    *("bos_token_id", "eos_token_id", "id2label", "label2id", "dtype"),
+}
+_COMPUTED = tuple(name for name in RULES if name not in _SILENT)
+
+
+def parts_of(module: Any) -> tuple[Any, ...]:
+    """All that decides what a module of a model computes; fields of a configuration may change."""
+    kinds = (jnp.dtype(module.dtype), jnp.dtype(module.param_dtype))
+    fields = vars(module.config)
+    options = (module.attn_implementation, module.checkpoint_every)
+    return (type(module), *kinds, *options, *(str(fields[name]) for name in _COMPUTED))
+
+
 @partial(jax.jit, static_argnums=0)
 def run(
     program: Program, params: Any, given: Given, targets: dict[str, Any], rng: Array | None
@@ -286,3 +311,26 @@ def counted(result: ModelOutput, given: Given) -> ModelOutput:
         x if is_traced(x) else jnp.asarray(np.asarray(x)[..., :keys]) for x in result.attentions
     )
     return type(result)({**result, "attentions": weights})
+
+
+def _from_leaves(
+    kind: type[ModelOutput], names: tuple[str, ...], values: Iterable[Any]
+) -> ModelOutput:
+    # Past the constructor: JAX also makes trees of what is no array, None among them.
+    record = kind()
+    dict.update(record, zip(names, values, strict=True))
+    return record
+
+
+def _leaves(out: ModelOutput) -> tuple[list[Any], tuple[str, ...]]:
+    return [(jax.tree_util.GetAttrKey(name), out[name]) for name in out], tuple(out)
+
+
+for _record in (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+):
+    # Transformed functions find the arrays of an output through JAX's tree registry.
+    jax.tree_util.register_pytree_with_keys(_record, _leaves, partial(_from_leaves, _record))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +11,7 @@ from jax import Array
 from jax.nn import initializers
 
 from opt_core.arguments import check_both_places, unknown_ends
+from opt_core.config import OPTConfig
 from opt_core.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -30,10 +29,10 @@ from opt_flax.models.inputs import Asked, Given, Training
 
 
 class OPTPart(Part):
-    """What every module of OPT is told."""
+    """What every module of OPT is told; `checkpoint_every` as in `Decoder`."""
 
+    config: OPTConfig
     attn_implementation: str = "xla"
-    #: 0: activations are kept; n: those of every n-th layer are computed again going back.
     checkpoint_every: int = 0
 
     def bare(self) -> FlaxOPTModule:
@@ -156,14 +155,9 @@ class FlaxOPTForCausalLMModule(OPTPart):
         Raises:
             ValueError: as `FlaxOPTModule`, or labels of the wrong shape.
         """
+        options = (output_attentions, output_hidden_states, True, deterministic)
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions,
-            output_hidden_states,
-            True,
-            deterministic,
+            *(input_ids, attention_mask, position_ids, *options),
             inputs_embeds=inputs_embeds,
             head_mask=head_mask,
             past_key_values=past_key_values,
@@ -211,19 +205,15 @@ class FlaxOPTForSequenceClassificationModule(OPTPart):
         given = Given(input_ids, attention_mask, position_ids, inputs_embeds, head_mask, past)
         given = inputs.check(self.config, given, keeps_mask=True)
         out = self.model(
-            *given[:3],
-            output_attentions,
-            output_hidden_states,
-            True,
-            deterministic,
+            *(*given[:3], output_attentions, output_hidden_states, True, deterministic),
             inputs_embeds=given.inputs_embeds,
             head_mask=given.head_mask,
             past_key_values=past,
             use_cache=use_cache,
         )
-        hidden = out.last_hidden_state  # [B, T, E]
         places = _last_real(given, self.config.pad_token_id)[:, None, None]
-        logits = self.score(jnp.take_along_axis(hidden, places, axis=1)[:, 0])  # [B, num_labels]
+        last = jnp.take_along_axis(out.last_hidden_state, places, axis=1)[:, 0]  # [B, E]
+        logits = self.score(last)  # [B, num_labels]
         loss = None
         if labels is not None:
             loss = losses.classification_loss(logits, labels, self.config)
@@ -262,14 +252,9 @@ class FlaxOPTForQuestionAnsweringModule(OPTPart):
             ValueError: as `FlaxOPTModule`, or only one of the two places was given.
         """
         check_both_places(start_positions is not None, end_positions is not None)
+        options = (output_attentions, output_hidden_states, True, deterministic)
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            output_attentions,
-            output_hidden_states,
-            True,
-            deterministic,
+            *(input_ids, attention_mask, position_ids, *options),
             inputs_embeds=inputs_embeds,
             head_mask=head_mask,
             past_key_values=past_key_values,
@@ -302,9 +287,6 @@ def _last_real(given: Given, pad_token_id: int | None) -> Array:
             raise unknown_ends(B)
     places = jnp.arange(T, dtype=jnp.int32)[None]
     return jnp.where(True if shown is None else shown, places, 0).max(1) + jnp.zeros(B, jnp.int32)
-
-
-# --- the classes -------------------------------------------------------------------------------
 
 
 class FlaxOPTModel(FlaxOPTPreTrainedModel):
@@ -416,26 +398,3 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
             Asked(output_attentions, output_hidden_states, return_dict, use_cache),
             Training(dropout_rng, deterministic, train),
         )
-
-
-def _from_leaves(
-    kind: type[ModelOutput], names: tuple[str, ...], values: Iterable[Any]
-) -> ModelOutput:
-    # Past the constructor: JAX also makes trees of what is no array, None among them.
-    record = kind()
-    dict.update(record, zip(names, values, strict=True))
-    return record
-
-
-def _leaves(out: ModelOutput) -> tuple[list[Any], tuple[str, ...]]:
-    return [(jax.tree_util.GetAttrKey(name), out[name]) for name in out], tuple(out)
-
-
-for _record in (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-):
-    # Transformed functions find the arrays of an output through JAX's tree registry.
-    jax.tree_util.register_pytree_with_keys(_record, _leaves, partial(_from_leaves, _record))

@@ -13,11 +13,94 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from opt_core.config import OPTConfig
 from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME, table
 from opt_flax.weights import Params, check_fit, path_of
 
 if TYPE_CHECKING:
     from opt_flax.models.base import FlaxOPTPreTrainedModel
+
+
+class ChangesMixin:
+    """The part of every class that changes parameters, their shapes, or how training runs."""
+
+    config: OPTConfig
+    params: Params
+    _module: Any
+
+    def to_bf16(self: Any, params: Params, mask: Any = None) -> Params:
+        """The parameters in bfloat16; those only for which a tree of bools says True."""
+        return cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self: Any, params: Params, mask: Any = None) -> Params:
+        """The parameters in float16; those only for which a tree of bools says True."""
+        return cast(params, jnp.float16, mask)
+
+    def to_fp32(self: Any, params: Params, mask: Any = None) -> Params:
+        """The parameters in float32; those only for which a tree of bools says True."""
+        return cast(params, jnp.float32, mask)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *,
+        params: Params | None = None,
+    ) -> Params:
+        """Change the size of the vocabulary, keeping the rows that stay and the tie.
+
+        New rows are drawn as fresh ones are. Returns the new parameters, of the model's own (which
+        it then holds) or of those given. The same ones if no size is given.
+
+        Raises:
+            ValueError: a size below 1, or one that leaves a special token outside.
+        """
+        size = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        changed = self.params if params is None else params
+        if size != self.config.vocab_size:
+            changed = resize(self, size, changed)  # type: ignore[arg-type]
+        if params is None:
+            self.params = changed
+        return changed
+
+    def prune_heads(
+        self, heads_to_prune: Mapping[int, Iterable[int]], *, params: Params | None = None
+    ) -> Params:
+        """Remove attention heads for good: `{layer: heads}`, numbered as in the whole model.
+
+        Returns the new parameters, of the model's own (which it then holds) or of those given.
+
+        Raises:
+            ValueError: there is no such layer or head, or a layer would keep none.
+        """
+        held = self.params if params is None else params
+        changed = prune(self, heads_to_prune, held)  # type: ignore[arg-type]
+        if params is None:
+            self.params = changed
+        return changed
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        every: int = self._module.checkpoint_every
+        return every > 0
+
+    def enable_gradient_checkpointing(self, every_n_layers: int = 1) -> None:
+        """Trade time for memory in training: activations of layers are computed again going back.
+
+        The model gets a new `module`, over the same parameters.
+        """
+        self._module = self._module.clone(checkpoint_every=every_n_layers)
+
+    def gradient_checkpointing_enable(self, every_n_layers: int = 1) -> None:
+        """The same, under the name that it has in the other wings."""
+        self.enable_gradient_checkpointing(every_n_layers)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._module = self._module.clone(checkpoint_every=0)
 
 
 def resize(model: FlaxOPTPreTrainedModel, size: int, params: Params) -> Params:

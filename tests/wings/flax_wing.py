@@ -22,6 +22,7 @@ class FlaxWing(Wing):
     """opt_flax on the CPU."""
 
     name = "flax"
+    fused = "cudnn"
 
     def __init__(self) -> None:
         self.limit_threads()
@@ -78,7 +79,7 @@ class FlaxWing(Wing):
 
     def gradients(self, model: Any, **inputs: Any) -> Arrays:
         given = self._arrays(inputs)
-        found = jax.grad(lambda params: model(**given, params=params).loss)(model.params)
+        found = jax.jit(jax.grad(lambda params: model(**given, params=params).loss))(model.params)
         return {n: self.numpy(jnp.asarray(v)) for n, v in self._canonical(model, found).items()}
 
     def array(self, values: Any) -> Any:

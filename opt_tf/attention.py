@@ -12,9 +12,6 @@ from tensorflow import Tensor
 #: TensorFlow has no fused kernel that holds a mask and beats its own product and softmax.
 IMPLEMENTATIONS = ("eager",)
 
-#: The same draws in eager execution, graphs and XLA, on every device.
-GENERATOR = "philox"
-
 #: `[B, H, T, D]`, then `[B, H, S, D]` twice, and the seed of dropout or None -> `[B, H, T, D]`, and
 #: the weights `[B, H, T, S]` if they were asked for. Queries arrive scaled.
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -83,5 +80,5 @@ def eager(
 
 
 def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
-    """Dropout that depends on nothing but its seed."""
-    return tf.nn.experimental.stateless_dropout(x, share, seed, rng_alg=GENERATOR)
+    """Dropout that depends on its seed alone; XLA draws otherwise than TensorFlow's kernels."""
+    return tf.nn.experimental.stateless_dropout(x, share, seed)

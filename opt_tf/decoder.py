@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.config import DecoderConfig
-from opt_tf.attention import GENERATOR, Attend, dropped
+from opt_tf.attention import Attend, dropped
 from opt_tf.layers import PositionEmbedding, TokenEmbedding, activation, linear, norm
 
 #: The seeds that one layer needs: of its attention weights, of its two residuals, of its own drop.
@@ -331,9 +331,7 @@ class Decoder(keras.layers.Layer):
     def _seeds(self) -> Tensor:
         """Fresh seeds `[L, 4, 2]` of this call; the generator moves on in graphs and XLA too."""
         seed = tf.cast(self.seed_generator.next(), tf.int32)
-        drawn = tf.random.experimental.stateless_split(
-            seed, len(self.layers) * _SEEDS, alg=GENERATOR
-        )
+        drawn = tf.random.experimental.stateless_split(seed, len(self.layers) * _SEEDS)
         return tf.reshape(drawn, (len(self.layers), _SEEDS, 2))
 
     def _run(
@@ -358,7 +356,7 @@ class Decoder(keras.layers.Layer):
             return out, weights, pair
         # LayerDrop (arXiv 1909.11556): in training a layer is left out by chance. It is computed
         # all the same, so that a compiled program is one.
-        left_out = tf.random.stateless_uniform((), seeds[3], alg=GENERATOR) < rate
+        left_out = tf.random.stateless_uniform((), seeds[3]) < rate
         if weights is not None:
             weights = tf.where(left_out, tf.zeros_like(weights), weights)
         return tf.where(left_out, hidden, out), weights, pair

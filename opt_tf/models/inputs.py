@@ -101,12 +101,13 @@ def resolve(
     Raises:
         ValueError: a mask, positions or head factors of the wrong shape, or too long an input.
     """
-    T, held, keys = size(tokens, 1), 0, size(tokens, 1)
+    T, keys = size(tokens, 1), size(tokens, 1)
+    held: int | Tensor = 0
     if past is not None:
         held = past.length
         keys = past.capacity if past.held is not None else held + T
         if past.held is not None and tf.executing_eagerly():
-            held = int(held)
+            held = int(past.held)
             _check_room(past, held, T)
     cover = Visible(held, T, keys, None)
     fixed = past is not None and past.held is not None

@@ -19,7 +19,7 @@ import pytest
 from opt_core import __version__, cli
 from opt_core.assets import TINY_OPT
 from opt_core.checkpoint import save
-from opt_core.cli import backends, demo
+from opt_core.cli import backends, demo, terminal
 from opt_core.cli import generate as generating
 from opt_core.cli import inspect as inspecting
 from opt_core.config import OPTConfig
@@ -580,6 +580,23 @@ def test_the_demo_takes_one_thread_and_gives_the_others_back() -> None:
     with backends.WINGS["torch"].one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_notes_past_python_are_shown_only_if_the_import_fails(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with terminal.notes_held_back():
+        os.write(2, b"a note about the processor\n")
+    assert capfd.readouterr().err == ""
+
+    def fail() -> None:
+        with terminal.notes_held_back():
+            os.write(2, b"why it cannot be imported\n")
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert capfd.readouterr().err == "why it cannot be imported\n"
 
 
 def test_without_a_wing_the_demo_says_how_to_add_one(

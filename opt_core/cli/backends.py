@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.cli import terminal
 from opt_core.config import DTYPES, OPTConfig
 
 if TYPE_CHECKING:
@@ -146,13 +147,14 @@ class TfModel:
     """The Keras wing on a checkpoint."""
 
     def __init__(self, source: Path, dtype: str | None, device: str | None) -> None:
-        # Before TensorFlow and Keras read them: no notes about the CPU, and this backend.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-        import tensorflow as tf
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # and no notes later
+        with terminal.notes_held_back():
+            import tensorflow as tf
 
-        from opt_tf import TFOPTForCausalLM
+            from opt_tf import TFOPTForCausalLM
 
+            tf.zeros(())  # the first operation looks for devices
         self.device = device
         with tf.device(device):
             self.model = TFOPTForCausalLM.from_pretrained(source, dtype=dtype)

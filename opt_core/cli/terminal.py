@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +19,7 @@ T = TypeVar("T")
 
 # A pipe has no width: every row stays one line there.
 _PIPE_WIDTH = 100_000
+_STANDARD_ERROR = 2
 
 
 def console() -> Console:
@@ -75,3 +78,24 @@ def tracked(title: str, items: Sequence[T]) -> Iterator[T]:
     """The items, with a progress bar for how many of them are done."""
     with progress(title) as shown:
         yield from shown.track(items)
+
+
+@contextmanager
+def notes_held_back() -> Iterator[None]:
+    """Keep what a library writes to standard error past Python, and show it only if it fails.
+
+    TensorFlow tells about the processor on being imported, whatever it is asked.
+    """
+    sys.stderr.flush()
+    kept = os.dup(_STANDARD_ERROR)
+    with tempfile.TemporaryFile() as notes:
+        os.dup2(notes.fileno(), _STANDARD_ERROR)
+        try:
+            yield
+        except BaseException:
+            notes.seek(0)
+            os.write(kept, notes.read())
+            raise
+        finally:
+            os.dup2(kept, _STANDARD_ERROR)
+            os.close(kept)

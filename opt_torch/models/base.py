@@ -15,6 +15,7 @@ from opt_core.checkpoint import TensorSource
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.pretrained import SavingMixin
+from opt_core.surgery import vocabulary_size
 from opt_core.weights import Head, table
 from opt_torch import weights
 from opt_torch.attention import IMPLEMENTATIONS
@@ -205,9 +206,7 @@ class OPTPreTrainedModel(SavingMixin, nn.Module):
         Raises:
             ValueError: a size below 1, or one that leaves a special token outside.
         """
-        size = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
-        if pad_to_multiple_of is not None:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        size = vocabulary_size(self.config, new_num_tokens, pad_to_multiple_of)
         if size != self.config.vocab_size:
             surgery.resize(self, size)
         return self.get_input_embeddings()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from opt_core.surgery import pruned, resized
 from opt_torch.decoder import SelfAttention
 from opt_torch.weights import check_whole
 
@@ -20,14 +20,8 @@ def resize(model: OPTPreTrainedModel, size: int) -> None:
     """Give the embedding, and an untied head, `size` rows."""
     check_whole(model, "resizing the vocabulary")
     old = model.config
-    config = old.replace(vocab_size=size).locked()
+    config = resized(old, size, stacklevel=3).locked()
     config._attn_implementation = model.attn_implementation
-    if size < old.vocab_size:
-        warnings.warn(
-            f"the vocabulary shrinks from {old.vocab_size} to {size} tokens: the rows of the "
-            "others are gone (published OPT has more rows than its tokenizer has tokens)",
-            stacklevel=4,
-        )
     embedding = model.get_input_embeddings()
     embedding.weight = _resized(embedding.weight, size, old.init_std)
     embedding.num_embeddings = size
@@ -43,23 +37,16 @@ def resize(model: OPTPreTrainedModel, size: int) -> None:
 def prune(model: OPTPreTrainedModel, heads: Mapping[int, Iterable[int]]) -> None:
     """Cut the rows of q, k and v, and the columns of the output projection, of the named heads."""
     check_whole(model, "pruning heads")
-    old = model.config
-    pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
-    for layer, gone in heads.items():
-        pruned[layer] = pruned.get(layer, set()) | set(gone)
-    listed = {layer: sorted(gone) for layer, gone in pruned.items() if gone}
-    config = old.replace(pruned_heads=listed).locked()
+    head_dim = model.config.head_dim
+    config, keeps = pruned(model.config, heads)
+    config = config.locked()
     config._attn_implementation = model.attn_implementation
-    for layer in listed:
-        before = [
-            h for h in range(old.num_attention_heads) if h not in old.pruned_heads.get(layer, ())
-        ]
-        keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
+    for layer, keep in keeps.items():
         attention = model._decoder.layers[layer].get_submodule("self_attn")
         assert isinstance(attention, SelfAttention)
         for name in ("q_proj", "k_proj", "v_proj"):
-            _keep_heads(getattr(attention, name), keep, old.head_dim, axis=0)
-        _keep_heads(attention.out_proj, keep, old.head_dim, axis=1)
+            _keep_heads(getattr(attention, name), keep, head_dim, axis=0)
+        _keep_heads(attention.out_proj, keep, head_dim, axis=1)
     model._adopt(config)
 
 

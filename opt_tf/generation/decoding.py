@@ -1,8 +1,9 @@
-"""`generate` and `stream`: a program for the prompt and the first token, and one for all others."""
+"""`generate` and `stream`: a program for the prompt, and one that holds the whole loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -100,6 +101,7 @@ class _Run(NamedTuple):
     shown: NDArray[np.bool_]  # [B, P]
     rules: Rules
     uniforms: Tensor  # float64 [B, S], that of each column; zeros for a greedy choice
+    compiled: bool
     programs: _Programs
 
     @classmethod
@@ -133,8 +135,16 @@ class _Run(NamedTuple):
             drawn[:, width : width + planned.max_new_tokens] = numbers
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         rules = Rules.of(merged, planned, config.vocab_size, known)
-        programs = _Programs.of(model, compiled)
-        return cls(merged, planned, prompt, shown, rules, tf.constant(drawn), programs)
+        return cls(
+            merged,
+            planned,
+            prompt,
+            shown,
+            rules,
+            tf.constant(drawn),
+            compiled,
+            _Programs.of(model, compiled),
+        )
 
     def first(self) -> State:
         """The state after the first choice."""
@@ -150,7 +160,8 @@ class _Run(NamedTuple):
             cache=Cache(),
         )
         room = self.plan.prompt_room if self.generation.use_cache else None
-        return _sound(*self.programs.start(state, self.rules, self.uniforms, room))
+        fed = self.programs.prefill(state, room)
+        return _sound(*_choice(self.compiled)(*fed, self.rules, self.uniforms))
 
     def until(self, state: State, length: int) -> State:
         """The state when `length` columns are settled, or every row is finished."""
@@ -182,7 +193,7 @@ class _Run(NamedTuple):
 class _Programs(NamedTuple):
     """What is compiled for a model, once for each batch size and the widths of `Plan`."""
 
-    start: Callable[..., tuple[State, Tensor]]
+    prefill: Callable[..., tuple[State, Tensor]]
     go_on: Callable[..., tuple[State, Tensor]]
     weights: tuple[ref[Any], ...]  # the variables that they read
 
@@ -193,7 +204,7 @@ class _Programs(NamedTuple):
         own = _PROGRAMS.setdefault(model, {})
         found = own.get(compiled)
         if found is None or not found._read(weights):
-            programs = (_program(function, model, compiled) for function in (start, go_on))
+            programs = (_program(function, model, compiled) for function in (prefill, go_on))
             own[compiled] = found = cls(*programs, tuple(map(ref, weights)))
         return found
 
@@ -217,23 +228,24 @@ def _program(function: Callable[..., Any], model: Any, compiled: bool) -> Callab
     return program
 
 
+@lru_cache
+def _choice(compiled: bool) -> Callable[..., tuple[State, Tensor]]:
+    """The program of the first choice, which knows no model: those of one shape share it."""
+    program: Callable[..., tuple[State, Tensor]]
+    program = tf.function(select, jit_compile=compiled, autograph=False)
+    return program
+
+
 def _sound(state: State, is_broken: Tensor) -> State:
     if bool(is_broken):
         raise arguments.nan_scores(int(state.length) - 1)
     return state
 
 
-def start(
-    model: Any, state: State, rules: Rules, uniforms: Tensor, room: int | None
-) -> tuple[State, Tensor]:
-    """The program of the first token; `room` None keeps no cache. As `select`."""
-    return select(*prefill(model, state, room), rules, uniforms)
-
-
 def go_on(
     model: Any, state: State, rules: Rules, uniforms: Tensor, end: Tensor, caches: bool
 ) -> tuple[State, Tensor]:
-    """The program of all other tokens, until `end` columns are settled. As `select`."""
+    """Feed and choose until `end` columns are settled; the state, and the bool of `select`."""
 
     def is_asked(state: State, is_broken: Tensor) -> Tensor:
         return (state.length < end) & ~is_broken & ~tf.reduce_all(state.finished)

@@ -1,0 +1,261 @@
+"""Generation in TensorFlow: programs that are reused, fresh, freed, and the same without XLA."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from opt_core.weights import Head
+from opt_tf.generation import decoding
+from tests.cases import PAD, Batch, batches, padded, random_weights, tiny, words
+from tests.subject import MARGIN, STD, Subject
+from tests.wings import Wing
+
+IDS = words(2, 4)
+
+
+@pytest.fixture(scope="module")
+def subject(wing: Wing) -> Subject:
+    return Subject(wing)
+
+
+def traces(model: Any) -> tuple[int, int]:
+    """How often the programs of a model were made: that of the prompt, that of the loop."""
+    prefill, go_on, _ = decoding._Programs.of(model, True)
+    counted: Any = (prefill, go_on)
+    return tuple(program.experimental_get_tracing_count() for program in counted)
+
+
+# Programs are reused
+
+
+def test_calls_of_one_plan_share_their_programs(wing: Wing) -> None:
+    subject = Subject(wing)
+    batch = padded([words(1, 8)[0], words(1, 5)[0]], "right")
+    subject.generate(batch.ids, batch.mask, max_new_tokens=3)
+    sampled = {"do_sample": True, "seed": 1, "temperature": 2.0, "top_k": 5, "top_p": 0.9}
+    for ids, options in {
+        "another length, no padding": (words(2, 7), {"max_new_tokens": 9}),
+        "another type": (words(2, 7).astype(np.int32), {"max_new_tokens": 9}),
+        "all rules": (words(2, 4), {**sampled, "min_p": 0.1, "repetition_penalty": 1.2}),
+        "other values": (words(2, 5), {**sampled, "seed": [3, 4], "top_k": 0, "temperature": 0.5}),
+        "stop tokens": (words(2, 4), {"eos_token_id": [5, 6, 7], "min_new_tokens": 2}),
+        "a tokenizer": (words(2, 4), {"tokenizer": range(25)}),
+    }.values():
+        subject.generate(ids, **options)
+    assert traces(subject.model) == (1, 1)
+
+
+def test_a_stream_runs_the_programs_of_the_whole(wing: Wing) -> None:
+    subject = Subject(wing)
+    found = subject.generate(IDS, max_new_tokens=4, eos_token_id=None)
+    steps = list(wing.stream(subject.model, IDS, max_new_tokens=4, eos_token_id=None))
+    np.testing.assert_array_equal(np.stack(steps, axis=1), found[:, 4:])
+    assert traces(subject.model) == (1, 1)
+
+
+def test_one_token_needs_the_program_of_the_prompt_alone(wing: Wing) -> None:
+    subject = Subject(wing)
+    subject.generate(IDS, max_new_tokens=1)
+    assert traces(subject.model) == (1, 0)
+
+
+# Programs are fresh
+
+
+@pytest.fixture(scope="module")
+def changing(wing: Wing) -> Subject:
+    return Subject(wing)
+
+
+def changed(model: Any, change: str) -> None:
+    random = np.random.default_rng(9)
+    if change == "assign":
+        bias = model.model.decoder.layers[1].fc2.bias
+        bias.assign(random.normal(0, 3, bias.shape))
+    elif change == "set_weights":
+        model.set_weights([random.normal(0, STD, w.shape) for w in model.get_weights()])
+    elif change == "fit":
+        model.compile(optimizer=keras.optimizers.SGD(3.0))
+        model.fit({"input_ids": IDS, "labels": IDS}, epochs=3, verbose=0)
+    elif change == "resize":
+        model.resize_token_embeddings(20)
+    elif change == "prune":
+        model.prune_heads({0: [1], 1: [0, 3]})
+    else:
+        embedding = keras.layers.Embedding(40, 16)
+        embedding.build()
+        embedding.set_weights([random.normal(0, STD, (40, 16))])
+        model.set_input_embeddings(embedding)
+
+
+@pytest.mark.parametrize("change", ["assign", "set_weights", "fit", "resize", "prune", "exchange"])
+@pytest.mark.filterwarnings("ignore:the vocabulary shrinks:UserWarning")
+def test_a_changed_model_generates_with_what_it_holds_now(
+    wing: Wing, changing: Subject, change: str
+) -> None:
+    keeps_its_variables = change in ("assign", "set_weights", "fit")
+    subject = changing if keeps_its_variables else Subject(wing)
+    ids = words(1, 4, vocab_size=20)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
+    before = subject.generate(ids, **options)
+    changed(subject.model, change)
+    after = subject.generate(ids, **options)
+    assert (after != before).any()
+    text = ids
+    for _ in range(8):
+        logits = wing.call(subject.model, input_ids=text).logits
+        text = np.concatenate([text, logits[:, -1].argmax(1)[:, None]], axis=1)
+    np.testing.assert_array_equal(after, text)
+
+
+def test_programs_go_with_their_model(wing: Wing) -> None:
+    subject = Subject(wing)
+    subject.generate(IDS, max_new_tokens=3)
+    held = decoding._PROGRAMS[subject.model][True]
+    gone = [weakref.ref(x) for x in (subject.model, held.prefill, held.go_on)]
+    gone += [weakref.ref(weight.value) for weight in subject.model.weights]
+    del subject, held
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:keras")
+def test_programs_are_not_saved_with_their_model(wing: Wing, tmp_path: Path) -> None:
+    model = wing.fresh(Head.CAUSAL_LM, tiny())
+    model.save(tmp_path / "before.keras")
+    found = wing.generate(model, IDS, max_new_tokens=3)
+    model.save(tmp_path / "after.keras")
+    sizes = [(tmp_path / f"{when}.keras").stat().st_size for when in ("before", "after")]
+    assert sizes[0] == sizes[1]
+    again = keras.saving.load_model(tmp_path / "after.keras")
+    np.testing.assert_array_equal(wing.generate(again, IDS, max_new_tokens=3), found)
+
+
+# With and without XLA
+
+
+@settings(max_examples=5)
+@given(batch=batches(), sampled=st.booleans(), cached=st.booleans())
+def test_without_xla_the_tokens_are_those_of_the_reference(
+    subject: Subject, batch: Batch, sampled: bool, cached: bool
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": [5, 9], "use_cache": cached}
+    options |= {"repetition_penalty": 1.2}
+    options |= {"do_sample": True, "seed": 1, "top_p": 0.9} if sampled else {}
+    right = subject.reference(batch.ids, batch.mask, **options)
+    assume(right.margins.min() >= MARGIN)
+    found = subject.generate(batch.ids, batch.mask, compiled=False, **options)
+    np.testing.assert_array_equal(found, right.sequences)
+
+
+def test_scores_that_turn_bad_on_the_way_are_named_with_the_length(wing: Wing) -> None:
+    weights = random_weights(tiny(), Head.CAUSAL_LM, std=STD)
+    weights["model.decoder.embed_positions.weight"][2 + 6] = np.nan
+    model = wing.build(Head.CAUSAL_LM, tiny(), weights)
+    assert wing.generate(model, IDS, max_new_tokens=3, eos_token_id=None).shape == (2, 7)
+    for options in ({}, {"do_sample": True, "seed": 1}, {"compiled": False}):
+        with pytest.raises(ValueError, match="the scores are NaN after 7 tokens"):
+            wing.generate(model, IDS, max_new_tokens=9, eos_token_id=None, **options)
+
+
+def test_the_record_of_a_half_precision_model_goes_on_from_its_cache(wing: Wing) -> None:
+    weights = random_weights(tiny(), Head.CAUSAL_LM, std=STD)
+    model = wing.build(Head.CAUSAL_LM, tiny(), weights, "mixed_bfloat16")
+    record = model.generate(IDS, max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True)
+    past = record.past_key_values
+    assert past[0][0].dtype == tf.bfloat16
+    assert past.get_seq_length() == 8
+    out = model(record.sequences[:, 8:], past_key_values=past)
+    assert np.isfinite(wing.numpy(out.logits)).all()
+
+
+# What a caller holds
+
+
+@pytest.mark.parametrize("kind", [tf.int32, tf.int64])
+def test_tokens_keep_the_type_of_the_prompt(subject: Subject, kind: Any) -> None:
+    ids = tf.constant(IDS, kind)
+    assert subject.model.generate(ids, max_new_tokens=3).dtype == kind
+    assert next(subject.model.stream(ids, max_new_tokens=3)).dtype == kind
+
+
+def test_prompts_may_be_lists_arrays_or_tensors(subject: Subject) -> None:
+    found = [
+        subject.model.generate(ids, attention_mask=mask, max_new_tokens=3).numpy()
+        for ids, mask in (
+            (IDS, np.ones_like(IDS)),
+            (IDS.tolist(), np.ones_like(IDS).tolist()),
+            (tf.constant(IDS), tf.ones_like(IDS, tf.bool)),
+        )
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_generation_touches_no_global_generator(subject: Subject) -> None:
+    def drawn() -> Any:
+        tf.random.set_seed(5)
+        return tf.random.uniform((3,)).numpy()
+
+    before, numbers = drawn(), np.random.get_state()
+    tf.random.set_seed(5)
+    subject.generate(IDS, max_new_tokens=4, do_sample=True)
+    subject.generate(IDS, max_new_tokens=4, do_sample=True, seed=3)
+    np.testing.assert_array_equal(tf.random.uniform((3,)).numpy(), before)
+    after: Any = np.random.get_state()
+    np.testing.assert_array_equal(after[1], dict(enumerate(numbers))[1])
+
+
+def test_a_loop_of_ones_own_gives_the_same_tokens(subject: Subject) -> None:
+    model, ids, past = subject.model, tf.constant(IDS), None
+    for _ in range(5):
+        inputs = model.prepare_inputs_for_generation(ids, past_key_values=past, use_cache=True)
+        assert inputs["input_ids"].shape[1] == (ids.shape[1] if past is None else 1)
+        out = model(**inputs)
+        past = out.past_key_values
+        ids = tf.concat([ids, tf.argmax(out.logits[:, -1:], -1)], axis=1)
+    found = subject.generate(IDS, max_new_tokens=5, eos_token_id=None)
+    np.testing.assert_array_equal(found, ids.numpy())
+
+
+def test_nothing_is_computed_where_there_is_no_room(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the prompt was fed")
+
+    monkeypatch.setattr(decoding._Run, "first", refuse)
+    with pytest.raises(AssertionError, match="the prompt was fed"):
+        subject.generate(words(1, 30), max_new_tokens=2)
+    with pytest.raises(ValueError, match="longest prompt has 30 tokens and max_new_tokens is 3"):
+        subject.generate(words(1, 30), max_new_tokens=3)
+
+
+def test_generate_is_not_called_inside_another_program(subject: Subject) -> None:
+    for name in ("generate", "stream"):
+        with pytest.raises(ValueError, match=r"call it outside tf\.function"):
+            tf.function(getattr(subject.model, name), autograph=False)(tf.constant(IDS))
+
+
+def test_what_hides_behind_padding_does_not_reach_the_cache(subject: Subject) -> None:
+    ids = np.array([[2, 7, PAD], [2, 8, 9]])
+    mask = (ids != PAD).astype(np.int64)
+    record = subject.generate(
+        ids, mask, max_new_tokens=2, eos_token_id=None, return_dict_in_generate=True
+    )
+    key = subject.wing.pairs(record.past_key_values)[0][0]
+    assert key.shape[2] == 4
+    assert (key[1] != 0).all()
+
+
+def test_only_a_language_model_generates(wing: Wing) -> None:
+    for head in (Head.NONE, Head.SEQUENCE_CLASSIFICATION, Head.QUESTION_ANSWERING):
+        assert not hasattr(wing.fresh(head, tiny()), "generate")

@@ -48,8 +48,11 @@ def load(
         if values is None:
             fresh(model, [row], head)
             continue
-        kept = tf.convert_to_tensor(values)
-        variable(model, row, head).assign(tf.transpose(kept) if row.transposed("keras") else kept)
+        place = variable(model, row, head)
+        # Cast before TensorFlow copies: its allocator keeps a block as large as the largest.
+        kind = place.value.dtype.as_numpy_dtype
+        kept = tf.convert_to_tensor(values.astype(kind, copy=False))
+        place.assign(tf.transpose(kept) if row.transposed("keras") else kept)
 
 
 def fresh(model: keras.Model, rows: Iterable[Weight], head: Head) -> None:

@@ -19,7 +19,8 @@ from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver
 from opt_core.outputs import GenerateOutput
 from opt_flax.attention import Visible, choose
 from opt_flax.decoder import Cache, is_traced, positions_of
-from opt_flax.generation.rules import NO_TOKEN, Asked, State, choice, goes_on, newest
+from opt_flax.generation.rules import NO_TOKEN, Asked, State, choice, goes_on, newest, seeded
+from opt_flax.models.inputs import parts_of
 
 
 class GenerationMixin:
@@ -58,15 +59,15 @@ class GenerationMixin:
         `trace=False`, or `compiled=False`, runs without them, for debuggers.
 
         Inside a program of the caller's own, n is always the most tokens asked for, every row
-        counts as P tokens long when room is checked, draws need a `seed`, and tokens that would
-        be chosen from NaN are -1.
+        counts as P tokens long when room is checked, draws need a `seed`, and from the first token
+        on that would be chosen from NaN all are -1.
 
         Raises:
             ValueError: a bad option or prompt, no room for the tokens asked for (before anything
                 is computed), or scores that are NaN.
         """
         options |= {} if logits_processor is None else {"logits_processor": logits_processor}
-        options |= _seeded(prng_key, options)
+        options |= seeded(prng_key, options.get("seed"))
         run = _Run.of(
             self, input_ids, attention_mask, generation_config, tokenizer, params, options
         )
@@ -91,7 +92,7 @@ class GenerationMixin:
         **options: Any,
     ) -> Iterator[Array]:
         """As `generate`, but an iterator over the tokens `[B]` of each step."""
-        options |= _seeded(prng_key, options)
+        options |= seeded(prng_key, options.get("seed"))
         run = _Run.of(
             self, input_ids, attention_mask, generation_config, tokenizer, params, options
         )
@@ -104,33 +105,11 @@ class Program:
 
     module: nn.Module = field(compare=False)
     #: What the module is made of. It stands for the module itself, which has no hash.
-    parts: tuple[str, ...]
-    implementation: str
-    platform: str
+    parts: tuple[Any, ...]
     capacity: int
     prompt_room: int
     samples: bool
     keeps_cache: bool
-
-    @classmethod
-    def of(cls, model: Any, params: Any, generation: GenerationConfig, planned: Plan) -> Program:
-        """The program of a model for a plan."""
-        module = model.module
-        keeps = generation.use_cache
-        return cls(
-            module=module,
-            parts=(
-                type(module).__qualname__,
-                model.config.to_json_string(),
-                *(jnp.dtype(kind).name for kind in (module.dtype, module.param_dtype)),
-            ),
-            implementation=model.attn_implementation,
-            platform=_platform(params),
-            capacity=planned.capacity,
-            prompt_room=planned.prompt_room if keeps else planned.capacity,
-            samples=generation.do_sample,
-            keeps_cache=keeps,
-        )
 
 
 class _Run(NamedTuple):
@@ -165,7 +144,15 @@ class _Run(NamedTuple):
         B, P = prompt.shape
         lengths = [P] * B if is_traced(shown) else shown.sum(1).tolist()
         planned = plan(merged, config, prompt_length=P, row_lengths=lengths)
-        program = Program.of(model, params, merged, planned)
+        keeps = merged.use_cache
+        program = Program(
+            module=model.module,
+            parts=parts_of(model.module),
+            capacity=planned.capacity,
+            prompt_room=planned.prompt_room if keeps else planned.capacity,
+            samples=merged.do_sample,
+            keeps_cache=keeps,
+        )
         copies = merged.num_return_sequences
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         asked = Asked.of(
@@ -207,7 +194,8 @@ class _Run(NamedTuple):
     def finished(self) -> State:
         """The state after the last choice."""
         with self._mode():
-            return _loop(self.program, self.params, self._start(), self.asked)
+            state: State = _loop(self.program, self.params, self._start(), self.asked)
+        return state
 
     def states(self) -> Iterator[State]:
         """The state after each choice; it is used up by the next."""
@@ -225,12 +213,11 @@ class _Run(NamedTuple):
     def result(self, state: State) -> Array | GenerateOutput:
         """What `generate` returns."""
         self.check(state)
-        tokens: Any = state.tokens
-        if is_traced(tokens):
-            tokens = tokens[:, : self.plan.prompt_length + self.plan.max_new_tokens]
+        if is_traced(state.tokens):
+            tokens = state.tokens[:, : self.plan.prompt_length + self.plan.max_new_tokens]
         else:
             # By way of the host: a slice on the device is a program for each length.
-            tokens = jnp.asarray(np.asarray(tokens)[:, : int(state.length)])
+            tokens = jax.device_put(np.asarray(state.tokens)[:, : int(state.length)])
         if not self.generation.return_dict_in_generate:
             return tokens
         cache = state.cache if self.program.keeps_cache else None
@@ -249,7 +236,8 @@ class _Run(NamedTuple):
         room = self.program.prompt_room - self.plan.prompt_length
         library: Any = jnp if is_traced(self.prompt) or is_traced(self.shown) else np
         prompt, shown = (library.pad(x, ((0, 0), (0, room))) for x in (self.prompt, self.shown))
-        return _prefill(self.program, self.params, prompt, shown, self.asked)
+        state: State = _prefill(self.program, self.params, prompt, shown, self.asked)
+        return state
 
     def _mode(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.is_compiled else jax.disable_jit()
@@ -283,15 +271,10 @@ def step(program: Program, params: Any, state: State, asked: Asked) -> State:
         state, scores = _whole_pass(program, params, state, program.capacity)
         return select(program, state, scores, asked)
     visible = Visible(state.cache.length, 1, program.capacity, state.mask)
-    forward = partial(_forward, program, visible)
-    hidden, cache = program.module.apply(
-        {"params": params},
-        newest(state)[:, None],
-        state.positions[:, None],
-        state.cache,
-        method=forward,
-    )
+    ids, positions = newest(state)[:, None], state.positions[:, None]  # [B, 1] twice
+    hidden, cache = _decode(program, params, visible, ids, positions, state.cache)
     scores = _scores(program, params, hidden[:, -1])
+    assert cache is not None
     state = state._replace(cache=cache, positions=state.positions + 1)
     return select(program, state, scores, asked)
 
@@ -333,17 +316,13 @@ def _whole_pass(program: Program, params: Any, state: State, room: int) -> tuple
 
     The columns up to `room` are fed; those that are not settled yet are hidden.
     """
-    shown = state.mask[:, :room]
+    ids, shown = state.tokens[:, :room], state.mask[:, :room]
     cache = state.cache if program.keeps_cache else None
-    forward = partial(_forward, program, Visible(0, room, room, shown))
-    hidden, cache = program.module.apply(
-        {"params": params}, state.tokens[:, :room], positions_of(shown, room), cache, method=forward
-    )
+    visible, positions = Visible(0, room, room, shown), positions_of(shown, room)
+    hidden, cache = _decode(program, params, visible, ids, positions, cache)
     places = jnp.arange(room, dtype=jnp.int32)[None]
-    last = jnp.where(shown, places, 0).max(1)  # [B]
-    scores = _scores(
-        program, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    )
+    last = jnp.where(shown, places, 0).max(1)[:, None, None]  # [B, 1, 1]
+    scores = _scores(program, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
     # A row without any token has no last one; where Python could look it was refused.
     scores = jnp.where(shown.any(1, keepdims=True), scores, jnp.nan)
     if cache is not None:
@@ -352,66 +331,46 @@ def _whole_pass(program: Program, params: Any, state: State, room: int) -> tuple
     return state, scores
 
 
-def _forward(
+def _decode(
     program: Program,
+    params: Any,
     visible: Visible,
-    module: Any,
     ids: Array,
     positions: Array,
     cache: Cache | None,
 ) -> tuple[Array, Cache | None]:
     """`[B, T]` ids that follow the cache -> `[B, T, E]`, and the cache that holds them."""
-    decoder = module.model.decoder
-    attend = choose(
-        program.implementation,
-        visible,
-        dropout=0.0,
-        weights=False,
-        dtype=module.dtype,
-        platform=program.platform,
-    )
-    nothing = (None,) * module.config.num_hidden_layers
-    out = decoder(decoder.embed_tokens(ids), positions, attend, cache, nothing, False, True)
-    return out.last, out.cache
+
+    def decode(module: Any) -> tuple[Array, Cache | None]:
+        decoder = module.model.decoder
+        attend = choose(
+            module.attn_implementation,
+            visible,
+            dropout=0.0,
+            weights=False,
+            dtype=module.dtype,
+            platform=jax.default_backend(),
+        )
+        nothing = (None,) * module.config.num_hidden_layers
+        out = decoder(decoder.embed_tokens(ids), positions, attend, cache, nothing, False, True)
+        return out.last, out.cache
+
+    found: Any = program.module.apply({"params": params}, method=decode)
+    hidden, held = found
+    return hidden, held
 
 
 def _scores(program: Program, params: Any, last: Array) -> Array:
     """`[B, E]` hidden states of the last tokens -> `[B, V]`."""
 
     def head(module: Any) -> Array:
-        if module.config.tie_word_embeddings:
-            scores: Array = module.model.decoder.embed_tokens.attend(last)
-        else:
-            scores = module.lm_head(last)
+        tied = module.config.tie_word_embeddings
+        table = module.model.decoder.embed_tokens.embedding if tied else None
+        scores: Array = module.lm_head(last, table)
         return scores
 
-    scores: Array = program.module.apply({"params": params}, method=head)
-    return scores
-
-
-def _platform(params: Any) -> str:
-    first = next(iter(jax.tree.leaves(params)), None)
-    if isinstance(first, jax.Array) and not is_traced(first):
-        return str(next(iter(first.devices())).platform)
-    return str(jax.default_backend())
-
-
-def _seeded(prng_key: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The seed that a key of JAX stands for, if one is given."""
-    if prng_key is None:
-        return {}
-    if is_traced(prng_key):
-        raise ValueError(
-            "prng_key is not known inside a compiled program; give a seed, or call generate "
-            "outside of jax.jit"
-        )
-    if options.get("seed") is not None:
-        raise ValueError("give either prng_key or seed; found both")
-    is_typed = jnp.issubdtype(prng_key.dtype, jax.dtypes.prng_key)
-    words = np.asarray(jax.random.key_data(prng_key) if is_typed else prng_key)
-    if words.ndim != 1 or words.dtype != np.uint32 or len(words) < 2:
-        raise ValueError(f"prng_key is {words.dtype} {words.shape}; give one key of jax.random")
-    return {"seed": int(words[-2]) << 32 | int(words[-1])}
+    scores: Any = program.module.apply({"params": params}, method=head)
+    return jnp.asarray(scores)
 
 
 def _prompt(input_ids: Any, generation: GenerationConfig, vocab_size: int) -> Any:

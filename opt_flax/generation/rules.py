@@ -7,14 +7,16 @@ cut is found by halving the interval in which it lies, with some thirty sums ove
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from opt_core.generation import DecodeState, GenerationConfig, Plan, uniforms
-from opt_flax.decoder import Cache
+from opt_flax.decoder import Cache, is_traced
 
 State = DecodeState[Array, Cache]
 
@@ -57,31 +59,60 @@ class Asked(NamedTuple):
         """
         active = generation.rules
 
-        def number(name: str, neutral: float) -> np.float32:
+        def number(name: str, neutral: float) -> Any:
             return np.float32(getattr(generation, name) if name in active else neutral)
 
         count = -(-len(generation.stops) // _STOPS) * _STOPS
-        stops = np.full(count or _STOPS, vocab_size, np.int32)
+        stops: Any = np.full(count or _STOPS, vocab_size, np.int32)
         stops[: len(generation.stops)] = generation.stops
         steps = plan.max_new_tokens if generation.do_sample else 0
-        drawn = np.zeros((rows, plan.capacity if generation.do_sample else 0, 2), np.float32)
+        drawn: Any = np.zeros((rows, plan.capacity if generation.do_sample else 0, 2), np.float32)
         if generation.do_sample:
             drawn[:, :steps] = parts(uniforms(generation.seed, rows, steps)[..., 0])
         P = plan.prompt_length
-        lengths = [P, P + plan.min_new_tokens, P + plan.max_new_tokens]
+        whole = {
+            "fill": generation.fill,
+            "known": known,
+            "first": P,
+            "held_back": P + plan.min_new_tokens,
+            "end": P + plan.max_new_tokens,
+            "top_k": (generation.top_k or 0) if "top_k" in active else 0,
+        }
+        values: dict[str, Any] = {name: np.int32(value) for name, value in whole.items()}
         return cls(
-            stops,
-            *(np.int32(value) for value in (generation.fill, known, *lengths)),
-            number("repetition_penalty", 1.0),
-            number("temperature", 1.0),
-            np.int32(generation.top_k if "top_k" in active else 0),
-            number("top_p", 1.0),
-            number("min_p", 0.0),
-            drawn,
+            stops=stops,
+            penalty=number("repetition_penalty", 1.0),
+            temperature=number("temperature", 1.0),
+            top_p=number("top_p", 1.0),
+            min_p=number("min_p", 0.0),
+            uniforms=drawn,
+            **values,
         )
 
 
-def parts(numbers: np.ndarray) -> np.ndarray:
+def seeded(prng_key: Any, seed: Any) -> dict[str, int]:
+    """The seed that a key of `jax.random` stands for, as an option; nothing without a key.
+
+    Raises:
+        ValueError: a seed was given too, it is not one key, or its value is not known.
+    """
+    if prng_key is None:
+        return {}
+    if seed is not None:
+        raise ValueError("give either prng_key or seed; found both")
+    if is_traced(prng_key):
+        raise ValueError(
+            "prng_key is not known inside a compiled program; give a seed, or call generate "
+            "outside of jax.jit"
+        )
+    is_typed = jnp.issubdtype(prng_key.dtype, jax.dtypes.prng_key)
+    words = np.asarray(jax.random.key_data(prng_key) if is_typed else prng_key)
+    if words.ndim != 1 or words.dtype != np.uint32 or len(words) < 2:
+        raise ValueError(f"prng_key is {words.dtype} {words.shape}; give one key of jax.random")
+    return {"seed": int(words[-2]) << 32 | int(words[-1])}
+
+
+def parts(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
     """Numbers of [0, 1) as two float32 that add up to them but for 2**-48: `[...]` -> `[..., 2]`.
 
     The first is cut off, not rounded, so that it stays below 1.
@@ -92,7 +123,8 @@ def parts(numbers: np.ndarray) -> np.ndarray:
 
 def newest(state: State) -> Array:
     """The tokens `[B]` that were chosen last."""
-    return lax.dynamic_index_in_dim(state.tokens, state.length - 1, axis=1, keepdims=False)
+    tokens: Array = lax.dynamic_index_in_dim(state.tokens, state.length - 1, 1, keepdims=False)
+    return tokens
 
 
 def goes_on(state: State, asked: Asked) -> Array:
@@ -120,7 +152,7 @@ def ruled(scores: Array, state: State, asked: Asked) -> Array:
 
     In float32 at least. What each means stands in `opt_core.reference.rules`.
     """
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(np.promote_types(scores.dtype, np.float32))
     scores = jnp.where(jnp.arange(scores.shape[1], dtype=jnp.int32) < asked.known, scores, -jnp.inf)
     scores = lax.cond(asked.penalty != 1.0, _penalised, lambda s, *_: s, scores, state, asked)
     held_back = scores.at[:, asked.stops].set(-jnp.inf, mode="drop")
@@ -194,7 +226,8 @@ def _least(most: int, rows: int, reaches: Callable[[Array], Array]) -> Array:
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     ends = (jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), most, jnp.int32))
-    return lax.fori_loop(0, most.bit_length(), halve, ends)[1]
+    found: tuple[Array, Array] = lax.fori_loop(0, most.bit_length(), halve, ends)
+    return found[1]
 
 
 def draw(scores: Array, uniform: Array) -> Array:
@@ -235,8 +268,19 @@ def _first_above(sums: Double, aim: Double, weights: Array) -> Array:
 
 def _running(numbers: Double) -> Double:
     """The sum of every number `[B, n]` and all before it."""
-    result: Double = lax.associative_scan(_add, numbers, axis=1)
-    return result
+    n = numbers[0].shape[1]
+
+    def add_those_before(level: Array, sums: Double) -> Double:
+        behind = n - (jnp.int32(1) << level)
+        high, low = (
+            lax.dynamic_slice_in_dim(jnp.pad(part, ((0, 0), (n, 0))), behind, n, axis=1)
+            for part in sums
+        )
+        return _add(sums, (high, low))
+
+    # A loop, since as many levels one after the other take seconds to compile.
+    sums: Double = lax.fori_loop(0, (n - 1).bit_length(), add_those_before, numbers)
+    return sums
 
 
 def _add(one: Double, other: Double) -> Double:

@@ -1,0 +1,281 @@
+"""Generation in JAX: its programs, what they cost, and how they live in the caller's programs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+
+from opt_core import reference
+from opt_core.generation import Plan, uniforms
+from opt_core.generation.configuration import GenerationConfig
+from opt_core.weights import Head
+from opt_flax import shard
+from opt_flax.generation import decoding, draw, rules
+from tests.cases import SWITCHES, Batch, batches, padded, random_weights, tiny, words
+from tests.subject import MARGIN, STD, Subject
+from tests.wings import Wing
+
+IDS = words(2, 4)
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def subject(wing: Wing) -> Subject:
+    return Subject(wing)
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """One entry for each program that XLA compiles."""
+    found: list[str] = []
+
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+# Programs
+
+
+def test_programs_are_compiled_once_for_all_texts_and_options_of_a_plan(
+    wing: Wing, compiled: list[str]
+) -> None:
+    model, other = (Subject(wing, seed, vocab_size=44).model for seed in (0, 5))
+    options: dict[str, Any] = {"do_sample": True, "seed": 1, "eos_token_id": 2}
+    model.generate(words(2, 4), max_new_tokens=9, **options)
+    assert compiled
+    compiled.clear()
+    model.generate(words(2, 7), max_new_tokens=3, **{**options, "seed": 9})
+    cuts = {"top_k": 5, "top_p": 0.5, "min_p": 0.1, "temperature": 2.0}
+    rest = {"repetition_penalty": 1.5, "min_new_tokens": 2, "eos_token_id": [4, 5, 9]}
+    model.generate(words(2, 5), max_new_tokens=20, **{**options, **cuts, **rest})
+    model.generate(words(2, 1), max_new_tokens=1, **options)
+    batch = padded([words(1, 3)[0], words(1, 6)[0]], "left")
+    model.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=5, **options)
+    model.generate(words(1, 4), max_new_tokens=5, num_return_sequences=2, **options)
+    other.generate(words(2, 4), max_new_tokens=9, tokenizer=range(30), **options)
+    assert not compiled
+
+
+def test_a_stream_compiles_one_step_for_all_its_tokens(wing: Wing, compiled: list[str]) -> None:
+    subject = Subject(wing, vocab_size=45)
+    for tokens in subject.model.stream(IDS, max_new_tokens=2, eos_token_id=None):
+        assert tokens.shape == (2,)
+    compiled.clear()
+    steps = list(subject.model.stream(words(2, 6), max_new_tokens=20, eos_token_id=None))
+    assert len(steps) == 20
+    assert not compiled
+
+
+def test_the_loop_is_one_program_whose_weights_are_arguments(subject: Subject) -> None:
+    program, params, state, asked = started(subject, IDS)
+    traced = jax.make_jaxpr(decoding.loop, static_argnums=0)(program, params, state, asked)
+    assert [equation.primitive.name for equation in traced.eqns].count("while") == 1
+    assert all(np.size(constant) <= 1 for constant in traced.consts)
+
+
+def test_the_state_is_given_to_the_loop_and_used_up(subject: Subject) -> None:
+    program, params, state, asked = started(subject, IDS)
+    places = {buffer.unsafe_buffer_pointer() for buffer in state.cache.keys}
+    after = decoding._loop(program, params, state, asked)
+    assert state.cache.keys[0].is_deleted()
+    assert {buffer.unsafe_buffer_pointer() for buffer in after.cache.keys} == places
+    assert not jax.tree.leaves(params)[0].is_deleted()
+
+
+def started(subject: Subject, ids: Any, **options: Any) -> tuple[Any, ...]:
+    asked = {"max_new_tokens": 6, "eos_token_id": None, **options}
+    run = decoding._Run.of(subject.model, ids, None, None, None, None, asked)
+    return run.program, run.params, run._start(), run.asked
+
+
+@pytest.mark.parametrize("switch", ["compiled", "trace"])
+def test_without_programs_the_tokens_are_the_same(subject: Subject, switch: str) -> None:
+    found = subject.generate(IDS, max_new_tokens=2, **{switch: False})
+    np.testing.assert_array_equal(found, subject.generate(IDS, max_new_tokens=2))
+
+
+def test_a_backend_is_not_to_be_chosen(subject: Subject) -> None:
+    with pytest.raises(ValueError, match="compiled is 'inductor'; it must be True or False"):
+        subject.generate(IDS, compiled="inductor")
+
+
+@settings(max_examples=3)
+@given(batch=batches(), switch=st.sampled_from(["pre_norm", "untied"]), sampled=st.booleans())
+def test_a_stream_gives_the_tokens_of_the_reference(
+    wing: Wing, batch: Batch, switch: str, sampled: bool
+) -> None:
+    subject = Subject(wing, 3, **SWITCHES[switch])
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": [5, 9]}
+    options |= {"do_sample": True, "seed": 1} if sampled else {}
+    right = subject.reference(batch.ids, batch.mask, **options)
+    assume(right.margins.min() >= MARGIN)
+    steps = list(wing.stream(subject.model, batch.ids, attention_mask=batch.mask, **options))
+    np.testing.assert_array_equal(np.stack(steps, 1), right.sequences[:, batch.ids.shape[1] :])
+
+
+def test_half_precision_keeps_its_cache_in_the_same_type(wing: Wing) -> None:
+    weights = random_weights(tiny(), Head.CAUSAL_LM, std=STD)
+    model = wing.build(Head.CAUSAL_LM, tiny(), weights, "bfloat16")
+    record = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
+    assert record.past_key_values[0][0].dtype == jnp.bfloat16
+    assert record.sequences.dtype == jnp.int32
+
+
+# Arguments of Flax's users
+
+
+def test_params_of_the_call_stand_for_those_of_the_model(wing: Wing, subject: Subject) -> None:
+    other = Subject(wing, seed=8)
+    found = subject.generate(IDS, params=other.model.params, max_new_tokens=6)
+    np.testing.assert_array_equal(found, other.generate(IDS, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_stands_for_a_seed(subject: Subject, make: Any) -> None:
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 6, "temperature": 3.0}
+    found = subject.generate(IDS, prng_key=make(5), **options)
+    np.testing.assert_array_equal(found, subject.generate(IDS, seed=5, **options))
+    one, other = (subject.generate(IDS, prng_key=k, **options) for k in jax.random.split(make(5)))
+    assert one.shape != other.shape or (one != other).any()
+
+
+def test_keys_that_cannot_be_honoured_are_refused(subject: Subject) -> None:
+    with pytest.raises(ValueError, match="give either prng_key or seed; found both"):
+        subject.generate(IDS, prng_key=jax.random.key(1), seed=2, do_sample=True)
+    with pytest.raises(ValueError, match=r"prng_key is uint32 \(3, 2\); give one key"):
+        subject.generate(IDS, prng_key=jax.random.split(jax.random.key(1), 3), do_sample=True)
+    with pytest.raises(ValueError, match=r"logits_processor=.* is not honoured"):
+        subject.generate(IDS, logits_processor=[print])
+
+
+# In programs of one's own
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}])
+def test_generation_may_be_a_part_of_another_program(subject: Subject, options: Any) -> None:
+    asked = {"max_new_tokens": 6, "eos_token_id": [5, 9], "pad_token_id": 1, **options}
+    batch = padded([words(1, 7, seed=7)[0], words(1, 3, seed=3)[0]], "left")
+
+    @jax.jit
+    def run(params: Any, ids: Any, mask: Any) -> Any:
+        return subject.model.generate(ids, attention_mask=mask, params=params, **asked)
+
+    found = np.asarray(run(subject.model.params, batch.ids, batch.mask))
+    right = subject.generate(batch.ids, batch.mask, **asked)
+    assert found.shape == (2, 13)
+    np.testing.assert_array_equal(found[:, : right.shape[1]], right)
+    assert (found[:, right.shape[1] :] == 1).all()
+
+
+def test_what_a_program_cannot_do_is_refused_in_it(subject: Subject) -> None:
+    generate = subject.model.generate
+    for options, why in (
+        ({"do_sample": True}, "fresh entropy would be the same at every call"),
+        ({"streamer": print}, "a stream needs values as they come"),
+        ({"compiled": False}, "a run without programs needs values as they come"),
+        ({"max_new_tokens": 40}, "the longest prompt has 4 tokens and max_new_tokens is 40"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            jax.jit(lambda ids, given=options: generate(ids, **given))(IDS)
+    with pytest.raises(ValueError, match="prng_key is not known inside a compiled program"):
+        jax.jit(lambda key: generate(IDS, prng_key=key, do_sample=True))(jax.random.key(0))
+
+
+BAD_ROWS: dict[str, tuple[list[int], list[int]]] = {
+    "an id outside the vocabulary": ([3, 40], [1, 1]),
+    "a negative id": ([3, -1], [1, 1]),
+    "a row of padding": ([3, 4], [0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_prompt_inside_a_program_gives_no_tokens(subject: Subject, case: str) -> None:
+    wrong_ids, wrong_mask = BAD_ROWS[case]
+    ids, mask = np.array([wrong_ids, [3, 4]]), np.array([wrong_mask, [1, 1]])
+    run = jax.jit(lambda i, m: subject.model.generate(i, attention_mask=m, max_new_tokens=3))
+    found = np.asarray(run(ids, mask))
+    # The other row's first token was chosen at the same time.
+    assert (found[0, 2:] == -1).all()
+    assert (found[1, 3:] == -1).all()
+
+
+# Over several devices
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4, "top_p": 0.9}])
+def test_a_model_that_is_spread_over_devices_gives_the_same_tokens(
+    wing: Wing, options: Any
+) -> None:
+    subject = Subject(wing, num_attention_heads=4)
+    asked = {"max_new_tokens": 6, "eos_token_id": None, **options}
+    right = subject.right(IDS, **asked)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    shard(subject.model, mesh)
+    assert len(jax.tree.leaves(subject.model.params)[0].sharding.device_set) == 8
+    np.testing.assert_array_equal(subject.generate(IDS, **asked), right)
+    steps = list(wing.stream(subject.model, IDS, **asked))
+    np.testing.assert_array_equal(np.stack(steps, 1), right[:, 4:])
+
+
+# Draws
+
+
+def drawn(scores: Any, numbers: Any) -> Any:
+    return np.asarray(jax.jit(draw)(scores.astype(np.float32), rules.parts(numbers)))
+
+
+@pytest.mark.parametrize("size", [1, 40, 128, 129, 50272])
+def test_draws_are_those_of_float64_but_at_an_edge(size: int) -> None:
+    random = np.random.default_rng(size)
+    for spread in (0.0, 0.1, 3.0, 30.0):
+        scores = random.normal(0, spread, (6, size)).astype(np.float32)
+        numbers = random.random(6)
+        right, margins = reference.rules.draw(scores.astype(np.float64), numbers)
+        sure = margins >= 1e-7
+        np.testing.assert_array_equal(drawn(scores, numbers)[sure], right[sure])
+
+
+def test_a_draw_keeps_more_bits_of_its_uniform_than_a_float32_has() -> None:
+    scores = np.zeros((4, 40))
+    numbers = np.array([0.5 - 2.0**-40, 0.5, 1 - 2.0**-53, 0.0])
+    np.testing.assert_array_equal(drawn(scores, numbers), [19, 20, 39, 0])
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    size=st.sampled_from([1, 7, 300]),
+    ties=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 5, 50, 1000]),
+    top_p=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([None, 0.0, 0.1, 1.0]),
+)
+def test_cuts_leave_the_tokens_that_the_reference_leaves(
+    seed: int, size: int, ties: bool, **cuts: Any
+) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.normal(0, 3, (3, size)).astype(np.float32)
+    scores = np.round(scores) if ties else scores
+    asked = GenerationConfig(do_sample=True, seed=seed, **cuts)
+    numbers = uniforms(seed, 3, 1)[:, 0, 0]
+    doubles, nothing = scores.astype(np.float64), np.zeros(scores.shape, np.bool_)
+    left, cut = reference.rules.process(asked, doubles, seen=nothing, suppresses_stops=False)
+    right, margins = reference.rules.draw(left, numbers)
+    sure = np.minimum(cut, margins) >= 1e-6
+    found = jax.jit(rules.sampled)(
+        scores,
+        rules.Asked.of(asked, Plan(1, 1, 0, 64, 8), rows=3, vocab_size=size, known=size),
+        rules.parts(numbers),
+    )
+    np.testing.assert_array_equal(np.asarray(found)[sure], right[sure])

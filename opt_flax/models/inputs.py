@@ -111,10 +111,19 @@ def told(values: Any) -> arguments.Given | None:
 
 
 def room_for(past: Cache | None, tokens: int) -> int:
-    """The capacity of the buffers after a call: a token more fits, and programs are reused."""
+    """The capacity of the buffers after a call: a token more fits, and programs are reused.
+
+    Raises:
+        ValueError: inside a program, where buffers cannot grow, they are too short.
+    """
     if past is None:
         return bucket(tokens + 1)
     held = _held(past)
+    if held is None and tokens > past.capacity:
+        raise ValueError(
+            f"past_key_values has room for {past.capacity} tokens, and the call brings {tokens}; "
+            "inside a compiled program a cache cannot grow: start with a larger one (init_cache)"
+        )
     if held is None or held + tokens <= past.capacity:
         return past.capacity
     return bucket(held + tokens + 1)

@@ -67,6 +67,13 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
         self.set_attn_implementation(
             "eager" if attn_implementation is None else attn_implementation
         )
+        self._add_parts()
+        if _values is not None:  # None: a part of another model, which builds it
+            self._finish(_values)
+
+    def _add_parts(self) -> None:
+        """Make the layers of this class."""
+        raise AssertionError("every class says what it is made of")
 
     def _finish(self, values: bool) -> None:
         """Make the weights, and give them fresh values unless a checkpoint will."""
@@ -117,7 +124,8 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
     @property
     def _is_called_directly(self) -> bool:
         """Whether Python itself called this model: no layer, no step of `fit`, no program."""
-        return _CALLED_DIRECTLY.get() is self
+        # A symbolic call begins in Python and is traced.
+        return _CALLED_DIRECTLY.get() is self and tf.executing_eagerly()
 
     def _caches(self, use_cache: bool | None, training: bool | None) -> bool:
         """Whether this call returns a cache: never where layers are run again or left out."""

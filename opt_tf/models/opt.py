@@ -11,7 +11,6 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.arguments import check_both_places, unknown_ends
-from opt_core.config import OPTConfig
 from opt_core.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -38,26 +37,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
         {"last_hidden_state": "last_hidden_state"}
     )
 
-    def __init__(
-        self,
-        config: OPTConfig | Mapping[str, Any],
-        *,
-        attn_implementation: str | None = None,
-        name: str | None = None,
-        dtype: Any = None,
-        trainable: bool = True,
-        _values: bool | None = True,
-    ) -> None:
-        super().__init__(
-            config,
-            attn_implementation=attn_implementation,
-            name=name,
-            dtype=dtype,
-            trainable=trainable,
-        )
+    def _add_parts(self) -> None:
         self.decoder = Decoder(self.config, dtype=self.dtype_policy, name="decoder")
-        if _values is not None:  # None: a part of another model, which builds it
-            self._finish(_values)
 
     def build(self, input_shape: Any = None) -> None:
         """Make all weights."""
@@ -128,26 +109,9 @@ class TFOPTModel(TFOPTPreTrainedModel):
 class _Headed(TFOPTPreTrainedModel):
     """A class with a head on the base model."""
 
-    def __init__(
-        self,
-        config: OPTConfig | Mapping[str, Any],
-        *,
-        attn_implementation: str | None = None,
-        name: str | None = None,
-        dtype: Any = None,
-        trainable: bool = True,
-        _values: bool = True,
-    ) -> None:
-        super().__init__(
-            config,
-            attn_implementation=attn_implementation,
-            name=name,
-            dtype=dtype,
-            trainable=trainable,
-        )
+    def _add_parts(self) -> None:
         self.model = TFOPTModel(self.config, dtype=self.dtype_policy, name="model", _values=None)
         self._add_head()
-        self._finish(_values)
 
     def _add_head(self) -> None:
         """Make the layer that sits on the base model."""

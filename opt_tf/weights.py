@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from conversion import Pretrained
-from conversion import open_pretrained as _open
+from conversion import open_pretrained as open_pretrained
 from opt_core.checkpoint import Checkpoint, TensorSource
 from opt_core.config import OPTConfig
 from opt_core.weights import Head, Weight, read, stored_name, table
-
-
-def open_pretrained(
-    source: str | os.PathLike[str],
-    config: OPTConfig | str | os.PathLike[str] | None,
-    options: Mapping[str, Any],
-) -> Pretrained:
-    """What `from_pretrained` opens: configuration, tensors, generation options."""
-    return _open(source, config=config, options=options)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

@@ -17,6 +17,7 @@ from opt_core.config import DTYPES, OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.outputs import ModelOutput
 from opt_core.pretrained import SavingMixin
+from opt_core.surgery import vocabulary_size
 from opt_core.weights import Head, table
 from opt_tf import weights
 from opt_tf.attention import IMPLEMENTATIONS
@@ -212,7 +213,7 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
             ValueError: a bad configuration or argument.
         """
         wanted = dtype if dtype is not None else torch_dtype
-        found = weights.open_pretrained(source, config, options)
+        found = weights.open_pretrained(source, config=config, options=options)
         policy = weights.stored_dtype(found.checkpoint) if wanted == "auto" else _policy(wanted)
         model = cls(
             found.config,
@@ -269,9 +270,7 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
         Raises:
             ValueError: a size below 1, or one that leaves a special token outside.
         """
-        size = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
-        if pad_to_multiple_of is not None:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        size = vocabulary_size(self.config, new_num_tokens, pad_to_multiple_of)
         if size != self.config.vocab_size:
             surgery.resize(self, size)
         return self.get_input_embeddings()

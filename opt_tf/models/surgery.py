@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.surgery import pruned, resized
+
 if TYPE_CHECKING:
     from opt_tf.models.base import TFOPTPreTrainedModel
 
@@ -18,14 +19,8 @@ if TYPE_CHECKING:
 def resize(model: TFOPTPreTrainedModel, size: int) -> None:
     """Give the embedding, and an untied head, room for `size` tokens."""
     old = model.config
-    config = old.replace(vocab_size=size).locked()
+    config = resized(old, size, stacklevel=3).locked()
     config._attn_implementation = model.attn_implementation
-    if size < old.vocab_size:
-        warnings.warn(
-            f"the vocabulary shrinks from {old.vocab_size} to {size} tokens: the rows of the "
-            "others are gone (published OPT has more rows than its tokenizer has tokens)",
-            stacklevel=4,
-        )
     embedding = model.get_input_embeddings()
     replace(embedding, "embeddings", _resized(embedding.embeddings, size, 0, old.init_std))
     embedding.input_dim = size
@@ -38,19 +33,12 @@ def resize(model: TFOPTPreTrainedModel, size: int) -> None:
 
 def prune(model: TFOPTPreTrainedModel, heads: Mapping[int, Iterable[int]]) -> None:
     """Cut the units of q, k and v, and the inputs of the output projection, of the named heads."""
-    old = model.config
-    pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
-    for layer, gone in heads.items():
-        pruned[layer] = pruned.get(layer, set()) | set(gone)
-    listed = {layer: sorted(gone) for layer, gone in pruned.items() if gone}
-    config = old.replace(pruned_heads=listed).locked()
+    width = model.config.head_dim
+    config, keeps = pruned(model.config, heads)
+    config = config.locked()
     config._attn_implementation = model.attn_implementation
-    for layer in listed:
-        before = [
-            h for h in range(old.num_attention_heads) if h not in old.pruned_heads.get(layer, ())
-        ]
-        keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
-        places = [head * old.head_dim + i for head in keep for i in range(old.head_dim)]
+    for layer, keep in keeps.items():
+        places = [head * width + i for head in keep for i in range(width)]
         attention = model._decoder().layers[layer].self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             replace(projection, "kernel", tf.gather(projection.kernel.value, places, axis=1))

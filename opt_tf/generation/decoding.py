@@ -204,8 +204,11 @@ class _Programs(NamedTuple):
         own = _PROGRAMS.setdefault(model, {})
         found = own.get(compiled)
         if found is None or not found._read(weights):
-            programs = (_program(function, model, compiled) for function in (prefill, go_on))
-            own[compiled] = found = cls(*programs, tuple(map(ref, weights)))
+            found = own[compiled] = cls(
+                prefill=_program(prefill, model, compiled),
+                go_on=_program(go_on, model, compiled),
+                weights=tuple(map(ref, weights)),
+            )
         return found
 
     def _read(self, weights: Sequence[Any]) -> bool:
@@ -268,8 +271,8 @@ def prefill(model: Any, state: State, room: int | None) -> tuple[State, Tensor]:
     width = room or S
     shown = state.mask[:, :width]
     visible = Visible(0, width, width, shown)
-    cache = None if room is None else Cache()
-    hidden, cache = _decode(model, state.tokens[:, :width], positions_of(shown), visible, cache)
+    past = None if room is None else Cache()
+    hidden, cache = _decode(model, state.tokens[:, :width], positions_of(shown), visible, past)
     last = tf.reduce_max(tf.where(shown, tf.range(width), 0), axis=1)
     # The head meets these alone: [B, V], not [B, P, V].
     scores = model.scores(tf.gather(hidden, last, batch_dims=1))

@@ -41,14 +41,15 @@ def test_calls_of_one_plan_share_their_programs(wing: Wing) -> None:
     batch = padded([words(1, 8)[0], words(1, 5)[0]], "right")
     subject.generate(batch.ids, batch.mask, max_new_tokens=3)
     sampled = {"do_sample": True, "seed": 1, "temperature": 2.0, "top_k": 5, "top_p": 0.9}
-    for ids, options in {
+    calls: dict[str, tuple[Any, dict[str, Any]]] = {
         "another length, no padding": (words(2, 7), {"max_new_tokens": 9}),
         "another type": (words(2, 7).astype(np.int32), {"max_new_tokens": 9}),
         "all rules": (words(2, 4), {**sampled, "min_p": 0.1, "repetition_penalty": 1.2}),
         "other values": (words(2, 5), {**sampled, "seed": [3, 4], "top_k": 0, "temperature": 0.5}),
         "stop tokens": (words(2, 4), {"eos_token_id": [5, 6, 7], "min_new_tokens": 2}),
         "a tokenizer": (words(2, 4), {"tokenizer": range(25)}),
-    }.values():
+    }
+    for ids, options in calls.values():
         subject.generate(ids, **options)
     assert traces(subject.model) == (1, 1)
 

@@ -34,8 +34,8 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is known only when a compiled program runs."""
-    return isinstance(value, jax.core.Tracer)
+    """Whether a value is known only when a compiled program runs, or never (`jax.eval_shape`)."""
+    return isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 @jax.tree_util.register_dataclass

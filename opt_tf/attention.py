@@ -67,7 +67,7 @@ def eager(
     weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The plain path: every score is held. A query that sees nothing attends evenly."""
-    scores = tf.matmul(q, k, transpose_b=True)  # [B, H, T, S]
+    scores = _product(q, k, transpose=True)  # [B, H, T, S]
     if scores.dtype != tf.float64:
         scores = tf.cast(scores, tf.float32)
     if mask is not None:
@@ -76,7 +76,16 @@ def eager(
     kept = shares
     if seed is not None and dropout:
         kept = dropped(shares, dropout, seed)
-    return tf.matmul(kept, v), shares if weights else None  # [B, H, T, D]
+    return _product(kept, v, transpose=False), shares if weights else None  # [B, H, T, D]
+
+
+def _product(x: Tensor, rooms: Tensor, *, transpose: bool) -> Tensor:
+    """`[B, H, T, X]` by the keys or values of a call, or by rooms `[B * H, S, D]`."""
+    if rooms.shape.rank == 4:
+        return tf.matmul(x, rooms, transpose_b=transpose)
+    B, H, T, X = x.shape
+    found = tf.matmul(tf.reshape(x, (B * H, T, X)), rooms, transpose_b=transpose)
+    return tf.reshape(found, (B, H, T, found.shape[-1]))
 
 
 def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:

@@ -107,7 +107,9 @@ class Cache(tf.experimental.ExtensionType):
         key, value = (tf.cast(past, k.dtype) for past in self[layer])
         if self.held is None:
             return tf.concat((key, k), 2), tf.concat((value, v), 2)
-        start = (0, 0, self.held, 0)
+        if key.shape.rank == 3:  # [B * H, S, D], as a compiled loop carries them
+            k, v = (tf.reshape(new, (-1, *new.shape[2:])) for new in (k, v))
+        start = (*[0] * (key.shape.rank - 2), self.held, 0)
         return keras.ops.slice_update(key, start, k), keras.ops.slice_update(value, start, v)
 
     def extended(self, pairs: Sequence[tuple[Tensor, Tensor]], tokens: int | Tensor) -> Cache:

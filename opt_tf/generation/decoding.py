@@ -257,8 +257,9 @@ def go_on(
         fed = step(model, state) if caches else prefill(model, state, None)
         return select(*fed, rules, uniforms)
 
-    result: tuple[State, Tensor] = tf.while_loop(is_asked, one_more, (state, tf.constant(False)))
-    return result
+    carried = state._replace(cache=_joined(state.cache))
+    state, is_broken = tf.while_loop(is_asked, one_more, (carried, tf.constant(False)))
+    return state._replace(cache=_parted(state.cache, state.tokens.shape[0])), is_broken
 
 
 def prefill(model: Any, state: State, room: int | None) -> tuple[State, Tensor]:
@@ -286,6 +287,7 @@ def step(model: Any, state: State) -> tuple[State, Tensor]:
     newest = tf.gather(state.tokens, state.length - 1, axis=1)[:, None]  # [B, 1]
     visible = Visible(state.length - 1, 1, state.mask.shape[1], state.mask)
     hidden, cache = _decode(model, newest, state.positions[:, None], visible, state.cache)
+    assert cache is not None
     state = state._replace(cache=cache, positions=state.positions + 1)
     return state, model.scores(hidden[:, 0])
 
@@ -310,6 +312,24 @@ def _in_room(cache: Cache, length: Tensor, capacity: int) -> Cache:
         return tuple(tf.pad(tf.where(is_held, room, tf.zeros_like(room)), behind) for room in rooms)
 
     return Cache(put(cache.keys), put(cache.values), length)
+
+
+def _joined(cache: Cache) -> Cache:
+    """Fixed shapes with rows and heads in one axis, `[B * H, S, D]`.
+
+    XLA multiplies matrices along one batch axis. With two it would copy every buffer twice in every
+    step: once to write into, once to look at in the other shape.
+    """
+    keys = tuple(tf.reshape(key, (-1, *key.shape[2:])) for key in cache.keys)
+    return Cache(keys, tuple(tf.reshape(v, (-1, *v.shape[2:])) for v in cache.values), cache.held)
+
+
+def _parted(cache: Cache, B: int) -> Cache:
+    """Joined rows and heads in axes of their own again, `[B, H, S, D]`."""
+    keys = tuple(tf.reshape(key, (B, -1, *key.shape[1:])) for key in cache.keys)
+    return Cache(
+        keys, tuple(tf.reshape(v, (B, -1, *v.shape[1:])) for v in cache.values), cache.held
+    )
 
 
 def select(state: State, scores: Tensor, rules: Rules, uniforms: Tensor) -> tuple[State, Tensor]:

@@ -19,7 +19,16 @@ from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver
 from opt_core.outputs import GenerateOutput
 from opt_flax.attention import Visible, choose
 from opt_flax.decoder import Cache, is_traced, positions_of
-from opt_flax.generation.rules import NO_TOKEN, Asked, State, choice, goes_on, newest, seeded
+from opt_flax.generation.rules import (
+    NO_TOKEN,
+    Asked,
+    State,
+    choice,
+    goes_on,
+    newest,
+    seeded,
+    voided,
+)
 from opt_flax.models.inputs import parts_of
 
 
@@ -144,15 +153,10 @@ class _Run(NamedTuple):
         B, P = prompt.shape
         lengths = [P] * B if is_traced(shown) else shown.sum(1).tolist()
         planned = plan(merged, config, prompt_length=P, row_lengths=lengths)
-        keeps = merged.use_cache
-        program = Program(
-            module=model.module,
-            parts=parts_of(model.module),
-            capacity=planned.capacity,
-            prompt_room=planned.prompt_room if keeps else planned.capacity,
-            samples=merged.do_sample,
-            keeps_cache=keeps,
-        )
+        room = planned.prompt_room if merged.use_cache else planned.capacity
+        module, samples = model.module, merged.do_sample
+        key = (parts_of(module), planned.capacity, room, samples, merged.use_cache)
+        program = Program(module, *key)
         copies = merged.num_return_sequences
         known = config.vocab_size if tokenizer is None else len(tokenizer)
         asked = Asked.of(
@@ -172,8 +176,7 @@ class _Run(NamedTuple):
     @property
     def is_traced(self) -> bool:
         """Whether a program of the caller's own is being compiled."""
-        given = (self.prompt, self.shown, *jax.tree.leaves(self.params))
-        return any(map(is_traced, given))
+        return any(map(is_traced, (self.prompt, self.shown, *jax.tree.leaves(self.params))))
 
     def without_programs(self, compiled: Any) -> _Run:
         """The same run step by step."""
@@ -183,19 +186,14 @@ class _Run(NamedTuple):
         return self._replace(is_compiled=False)
 
     def check_outside(self, what: str) -> None:
-        """See that no program of the caller's own is being compiled.
-
-        Raises:
-            ValueError: one is.
-        """
+        """Refuse what cannot be a part of a program of the caller's own."""
         if self.is_traced:
             raise ValueError(f"{what} needs values as they come; call it outside of jax.jit")
 
-    def finished(self) -> State:
+    def finished(self) -> Any:
         """The state after the last choice."""
         with self._mode():
-            state: State = _loop(self.program, self.params, self._start(), self.asked)
-        return state
+            return _loop(self.program, self.params, self._start(), self.asked)
 
     def states(self) -> Iterator[State]:
         """The state after each choice; it is used up by the next."""
@@ -224,11 +222,7 @@ class _Run(NamedTuple):
         return GenerateOutput(sequences=tokens, past_key_values=cache)
 
     def check(self, state: State) -> None:
-        """See that the newest tokens were chosen from numbers.
-
-        Raises:
-            ValueError: they were not.
-        """
+        """Refuse tokens that were not chosen from numbers."""
         if not is_traced(state.tokens) and (np.asarray(_newest(state)) == NO_TOKEN).any():
             raise arguments.nan_scores(int(state.length) - 1)
 
@@ -281,15 +275,24 @@ def step(program: Program, params: Any, state: State, asked: Asked) -> State:
 
 def loop(program: Program, params: Any, state: State, asked: Asked) -> State:
     """All steps, until every row is finished or as long as it may get."""
-    state = lax.while_loop(
-        partial(goes_on, asked=asked),
-        lambda state: step(program, params, state, asked),
-        state,
-    )
-    # After scores that are not numbers nobody may read the rest as a text that ended there.
-    later = jnp.arange(program.capacity, dtype=jnp.int32)[None] >= state.length
-    broken = (newest(state) == NO_TOKEN).any()
-    return state._replace(tokens=jnp.where(later & broken, NO_TOKEN, state.tokens))
+    B = len(state.tokens)
+
+    def body(state: State) -> State:
+        state = state._replace(cache=_reshaped(state.cache, (B, -1)))
+        state = step(program, params, state, asked)
+        return state._replace(cache=_reshaped(state.cache, (-1,)))
+
+    # Rows and heads lie along one axis on the way, as products on a CPU see them: in another shape
+    # XLA writes the newest keys twice, and copies every buffer in each step to do so.
+    state = state._replace(cache=_reshaped(state.cache, (-1,)))
+    state = lax.while_loop(partial(goes_on, asked=asked), body, state)
+    return voided(state._replace(cache=_reshaped(state.cache, (B, -1))))
+
+
+def _reshaped(cache: Cache, front: tuple[int, ...]) -> Cache:
+    """The cache with other axes in front of `[S, D]`."""
+    new: Cache = jax.tree.map(lambda x: x.reshape(*front, *x.shape[-2:]) if x.ndim else x, cache)
+    return new
 
 
 def select(program: Program, state: State, scores: Array, asked: Asked) -> State:
@@ -355,19 +358,17 @@ def _decode(
         out = decoder(decoder.embed_tokens(ids), positions, attend, cache, nothing, False, True)
         return out.last, out.cache
 
-    found: Any = program.module.apply({"params": params}, method=decode)
-    hidden, held = found
-    return hidden, held
+    out: Any = program.module.apply({"params": params}, method=decode)
+    return out[0], out[1]
 
 
 def _scores(program: Program, params: Any, last: Array) -> Array:
     """`[B, E]` hidden states of the last tokens -> `[B, V]`."""
 
-    def head(module: Any) -> Array:
+    def head(module: Any) -> Any:
         tied = module.config.tie_word_embeddings
         table = module.model.decoder.embed_tokens.embedding if tied else None
-        scores: Array = module.lm_head(last, table)
-        return scores
+        return module.lm_head(last, table)
 
     scores: Any = program.module.apply({"params": params}, method=head)
     return jnp.asarray(scores)

@@ -133,6 +133,13 @@ def goes_on(state: State, asked: Asked) -> Array:
     return (state.length < asked.end) & ~state.finished.all() & is_whole
 
 
+def voided(state: State) -> State:
+    """After scores that are not numbers no token: nobody may read on as if the text ended there."""
+    later = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None] >= state.length
+    broken = (newest(state) == NO_TOKEN).any()
+    return state._replace(tokens=jnp.where(later & broken, NO_TOKEN, state.tokens))
+
+
 def choice(scores: Array, state: State, asked: Asked, *, samples: bool) -> Array:
     """The next token of every row from its scores: `[B, V]` -> int32 `[B]`."""
     scores = ruled(scores, state, asked)

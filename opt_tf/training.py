@@ -60,9 +60,12 @@ class TrainingMixin:
             return super().predict_step(data)  # type: ignore[misc]
 
     def loss_of(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Any], weights: Any
+        self,
+        outputs: Mapping[str, Tensor],
+        labels: Mapping[str, Any],
+        weights: Mapping[str, Any],
     ) -> Tensor:
-        """The model's own loss, of outputs and labels by the names of outputs."""
+        """The model's own loss, of outputs, labels and their weights by the names of outputs."""
         raise ValueError(f"{type(self).__name__} has no loss of its own: compile it with one")
 
     def compute_loss(
@@ -78,11 +81,11 @@ class TrainingMixin:
         Raises:
             ValueError: there are no labels for a loss.
         """
-        labels = self._labels(x, y)
+        labels, weights = self._labels(x, y), self._weights(sample_weight)
         if getattr(self, "loss", None) is not None:
             by_name = isinstance(self.loss, Mapping)  # type: ignore[attr-defined]
-            y, y_pred = _paired(labels, y_pred, by_name)
-            return super().compute_loss(x, y, y_pred, sample_weight, training)  # type: ignore[misc]
+            y, y_pred, given = _paired(labels, y_pred, weights, by_name)
+            return super().compute_loss(x, y, y_pred, given, training)  # type: ignore[misc]
         if labels is None:
             raise ValueError(
                 "there are no labels to train for: pass them in x or in y, under the names "
@@ -90,7 +93,7 @@ class TrainingMixin:
             )
         loss = y_pred.get("loss") if y is None and sample_weight is None else None
         if loss is None:
-            loss = self.loss_of(y_pred, labels, sample_weight)
+            loss = self.loss_of(y_pred, labels, weights)
         for more in self.losses:  # type: ignore[attr-defined]
             loss += tf.cast(tf.reduce_sum(more), loss.dtype)
         # Keras adds the gradients of all replicas.
@@ -98,11 +101,11 @@ class TrainingMixin:
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The compiled metrics; labels in `x` count for them too."""
-        labels = self._labels(x, y)
+        labels, weights = self._labels(x, y), self._weights(sample_weight)
         if labels is None:
             return self.get_metrics_result()  # type: ignore[attr-defined]
-        y, y_pred = _paired(labels, y_pred, len(labels) > 1)
-        return super().compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[misc]
+        y, y_pred, given = _paired(labels, y_pred, weights, len(labels) > 1)
+        return super().compute_metrics(x, y, y_pred, given)  # type: ignore[misc]
 
     def _labels(self, x: Any, y: Any) -> dict[str, Any] | None:
         """Labels by the names of outputs, from `y` or else from `x`; None if there are none."""
@@ -112,17 +115,30 @@ class TrainingMixin:
             if not all(label in found for label in self.targets.values()):
                 return None
             return {output: found[label] for output, label in self.targets.items()}
-        if isinstance(y, Mapping):
-            pairs = self.targets.items()
-            found = {out: y.get(label, y.get(out)) for out, label in pairs}
-        elif isinstance(y, list | tuple):
-            found = dict(zip(self.targets, y, strict=False))
-        else:
-            found = dict.fromkeys(list(self.targets)[:1], y)
+        single = not isinstance(y, Mapping | list | tuple)
+        found = self._by_output([y] if single else y)
         lacking = [label for out, label in self.targets.items() if found.get(out) is None]
         if lacking:
             raise ValueError(f"y holds no {', '.join(lacking)}")
         return found
+
+    def _weights(self, given: Any) -> dict[str, Any]:
+        """Weights by the names of outputs."""
+        found = self._by_output(given)
+        if isinstance(given, Mapping) and not any(w is not None for w in found.values()):
+            raise ValueError(
+                f"sample_weight names {', '.join(given)}, but there are labels for "
+                + ", ".join(dict.fromkeys(self.targets.values()))
+            )
+        return found
+
+    def _by_output(self, given: Any) -> dict[str, Any]:
+        """Labels or weights by the names of outputs; what is not a structure counts for all."""
+        if isinstance(given, Mapping):
+            return {out: given.get(label, given.get(out)) for out, label in self.targets.items()}
+        if isinstance(given, list | tuple):
+            return dict(zip(self.targets, given, strict=False))
+        return dict.fromkeys(self.targets, given)
 
     def export(
         self,
@@ -173,16 +189,26 @@ class TrainingMixin:
         return batches.prefetch(tf.data.AUTOTUNE) if prefetch else batches
 
 
-def _paired(labels: Mapping[str, Any] | None, outputs: Any, by_name: bool) -> tuple[Any, Any]:
-    """Labels and what they are for, in the one structure that Keras's losses and metrics want."""
+def _paired(
+    labels: Mapping[str, Any] | None,
+    outputs: Any,
+    weights: Mapping[str, Any],
+    by_name: bool,
+) -> tuple[Any, Any, Any]:
+    """Labels, what they are for, and weights, in the structure that Keras's losses want."""
     if labels is None:
-        return None, outputs
-    chosen = {name: outputs[name] for name in labels}
-    if by_name:
-        return dict(labels), chosen
-    if len(labels) > 1:
-        return list(labels.values()), list(chosen.values())
-    return next(iter(labels.values())), next(iter(chosen.values()))
+        return None, outputs, None
+    parts: list[Any] = [
+        dict(labels),
+        {name: outputs[name] for name in labels},
+        {name: weights.get(name) for name in labels},
+    ]
+    if not by_name:
+        parts = [list(part.values()) for part in parts]
+        if len(labels) == 1:
+            parts = [part[0] for part in parts]
+    y, chosen, given = parts
+    return y, chosen, given if any(w is not None for w in weights.values()) else None
 
 
 def _known(example: Sequence[Any], names: set[str]) -> Any:

@@ -68,7 +68,9 @@ def check_tokens(
     arguments.check_tokens(config, given(input_ids), given(inputs_embeds))
     if input_ids is not None:
         check_ids(input_ids, config.vocab_size)
-        return input_ids
+        # Tables are looked up by these two alone.
+        wide = input_ids.dtype in (tf.int32, tf.int64)
+        return input_ids if wide else tf.cast(input_ids, tf.int32)
     assert inputs_embeds is not None
     return inputs_embeds
 

@@ -59,17 +59,22 @@ def classification_loss(
 
 
 def question_answering_loss(
-    start: Tensor, end: Tensor, starts: Tensor, ends: Tensor, weights: Tensor | None = None
+    start: Tensor,
+    end: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    start_weights: Tensor | None = None,
+    end_weights: Tensor | None = None,
 ) -> Tensor:
     """`[B, T]` logits and `[B]` or `[B, 1]` places -> mean of both cross-entropies.
 
-    A negative place counts as 0, a place from T on does not count. `weights` are `[B]`.
+    A negative place counts as 0, a place from T on does not count. Weights are `[B]`.
 
     Raises:
         ValueError: not one place a row.
     """
-    first = _place_loss(start, starts, "start", weights)
-    return (first + _place_loss(end, ends, "end", weights)) / 2
+    first = _place_loss(start, starts, "start", start_weights)
+    return (first + _place_loss(end, ends, "end", end_weights)) / 2
 
 
 def _place_loss(logits: Tensor, places: Tensor, name: str, weights: Tensor | None) -> Tensor:

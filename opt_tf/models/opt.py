@@ -191,11 +191,14 @@ class TFOPTForCausalLM(GenerationMixin, _Headed):
         return tf.cast(self.lm_head(hidden, table=table), self.variable_dtype)
 
     def loss_of(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Any], weights: Any
+        self,
+        outputs: Mapping[str, Tensor],
+        labels: Mapping[str, Any],
+        weights: Mapping[str, Any],
     ) -> Tensor:
         """The mean cross-entropy of each next token, weighted by rows or tokens."""
         target = tf.convert_to_tensor(labels["logits"])
-        return losses.causal_lm_loss(outputs["logits"], target, inputs.tensor(weights))
+        return losses.causal_lm_loss(outputs["logits"], target, inputs.tensor(weights["logits"]))
 
 
 @_registered
@@ -268,12 +271,15 @@ class TFOPTForSequenceClassification(_Headed):
         return self._answer(record, return_dict)
 
     def loss_of(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Any], weights: Any
+        self,
+        outputs: Mapping[str, Tensor],
+        labels: Mapping[str, Any],
+        weights: Mapping[str, Any],
     ) -> Tensor:
         """The loss of the configuration's problem, weighted by rows."""
         target = tf.convert_to_tensor(labels["logits"])
-        weights = inputs.tensor(weights)
-        return losses.classification_loss(outputs["logits"], target, self.config, weights)
+        given = inputs.tensor(weights["logits"])
+        return losses.classification_loss(outputs["logits"], target, self.config, given)
 
 
 @_registered
@@ -340,7 +346,10 @@ class TFOPTForQuestionAnswering(_Headed):
         return self._answer(record, return_dict)
 
     def loss_of(
-        self, outputs: Mapping[str, Tensor], labels: Mapping[str, Any], weights: Any
+        self,
+        outputs: Mapping[str, Tensor],
+        labels: Mapping[str, Any],
+        weights: Mapping[str, Any],
     ) -> Tensor:
         """The mean of the cross-entropies of start and end, weighted by rows."""
         return losses.question_answering_loss(
@@ -348,7 +357,8 @@ class TFOPTForQuestionAnswering(_Headed):
             outputs["end_logits"],
             tf.convert_to_tensor(labels["start_logits"]),
             tf.convert_to_tensor(labels["end_logits"]),
-            inputs.tensor(weights),
+            inputs.tensor(weights["start_logits"]),
+            inputs.tensor(weights["end_logits"]),
         )
 
 

@@ -90,6 +90,9 @@ def checks(wing: Wing) -> Any:
     """The wing as the checks see it."""
     assert CHECKS is not None
     made = CHECKS.Wing(wing.name)
+    if wing.name == "flax":
+        # Under this name the checks leave out losses, which the reference's Flax classes lack.
+        made.name = "opt_flax"
     wing.limit_threads()
     return made
 

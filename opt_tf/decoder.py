@@ -263,12 +263,9 @@ class Decoder(keras.layers.Layer):
         self.embed_tokens = TokenEmbedding(
             config.vocab_size, E, config.pad_token_id, dtype=policy, name="embed_tokens"
         )
+        positions = config.max_position_embeddings
         self.embed_positions = PositionEmbedding(
-            config.max_position_embeddings,
-            C,
-            config.position_offset,
-            dtype=policy,
-            name="embed_positions",
+            positions, C, config.position_offset, dtype=policy, name="embed_positions"
         )
         wide = config.has_projections
         self.project_out = linear(E, False, policy, "project_out") if wide else None
@@ -329,6 +326,15 @@ class Decoder(keras.layers.Layer):
             tuple(weights) if weights[0] is not None else None,
             None if cache is None else cache.extended(pairs, size(embeds, 1)),
         )
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keep the state of dropout, so that training goes on as if it had not stopped."""
+        store["seed"] = self.seed_generator.state
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take up the state of dropout, if a file holds it."""
+        if len(store.keys()):
+            self.seed_generator.state.assign(store["seed"])
 
     def _seeds(self) -> Tensor:
         """Fresh seeds `[L, 4, 2]` of this call; the generator moves on in graphs and XLA too."""

@@ -150,8 +150,12 @@ class TrainingMixin:
     ) -> None:
         """Write a program without this package; it takes ids and mask unless you say otherwise."""
         if input_signature is None:
-            spec = keras.layers.InputSpec(dtype="int32", shape=(None, None))
-            input_signature = [{"input_ids": spec, "attention_mask": spec}]
+            # The names are those of the inputs of the served signature.
+            ids, mask = (
+                keras.layers.InputSpec(dtype="int32", shape=(None, None), name=name)
+                for name in ("input_ids", "attention_mask")
+            )
+            input_signature = [{"input_ids": ids, "attention_mask": mask}]
         super().export(filepath, format, verbose, input_signature, **options)  # type: ignore[misc]
 
     def prepare_tf_dataset(

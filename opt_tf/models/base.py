@@ -98,7 +98,18 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
             "name": self.name,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "trainable": self.trainable,
+            "generation_config": self.generation_config.to_dict(),
         }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Self:
+        """A model as `get_config` describes it, its weights fresh."""
+        fields = dict(config)
+        generation = fields.pop("generation_config", None)
+        model = cls(**fields)
+        if generation is not None:
+            model.generation_config = GenerationConfig.from_dict(generation)
+        return model
 
     def build_from_config(self, config: Any) -> None:
         """Nothing: a model is built when it is made."""

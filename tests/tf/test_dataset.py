@@ -76,6 +76,7 @@ def test_dictionaries_tensors_and_pairs_are_examples(wing: Wing, form: str) -> N
     model = build(wing, Head.SEQUENCE_CLASSIFICATION)
     alone: Any
     pairs: Any
+    named: Any
     if form == "rows":
         alone, pairs = list(ids), [({"input_ids": i}, k) for i, k in zip(ids, y, strict=True)]
         named = [{"input_ids": i, "labels": k} for i, k in zip(ids, y, strict=True)]

@@ -58,7 +58,7 @@ def sources(head: Head) -> dict[str, tuple[Any, ...]]:
     joined = {**X, **y}
     pair = (X, next(iter(y.values())) if len(y) == 1 else y)
 
-    class Sequence(keras.utils.PyDataset):  # type: ignore[misc]
+    class Sequence(keras.utils.PyDataset):
         def __init__(self, data: Any) -> None:
             super().__init__()
             self.data = data

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.nn import initializers
@@ -89,7 +90,8 @@ class Cache:
         if not pairs:
             return None
         keys, values = zip(*pairs, strict=True)
-        return cls(keys, values, jnp.asarray(keys[0].shape[2], jnp.int32))
+        # NumPy's: an array made inside a program would hide the number from Python.
+        return cls(keys, values, np.int32(keys[0].shape[2]))
 
     @property
     def capacity(self) -> int:
@@ -110,10 +112,10 @@ class Cache:
         more = capacity - self.capacity
         if more <= 0:
             return self
-
         buffers = (self.keys, self.values)
-        longer = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), buffers)
-        return Cache(*longer, self.length)
+        rest = ((0, 0), (0, 0), (0, more), (0, 0))
+        keys, values = jax.tree.map(lambda x: jnp.pad(x, rest), buffers)
+        return Cache(keys, values, self.length)
 
     def _held(self, buffer: Array) -> Array:
         if is_traced(self.length) or is_traced(buffer):
@@ -305,7 +307,9 @@ class DecoderLayers(Part):
         deterministic: bool,
     ) -> DecoderOutput:
         """`[B, T, C]` -> `[B, T, C]`; the states are what goes into each layer."""
-        states, weights, pairs = [], [], []
+        states: list[Array] = []
+        weights: list[Array | None] = []
+        pairs: list[tuple[Array, Array]] = []
         for i, factors in enumerate(head_mask):
             if collect_states:
                 states.append(hidden)
@@ -314,12 +318,12 @@ class DecoderLayers(Part):
             hidden, weight, pair = self._layer(i, deterministic)(before, attend, past, factors)
             if not deterministic and self.config.layerdrop > 0:
                 hidden, weight = self._skipped(before, hidden, weight)
-            weights, pairs = [*weights, weight], [*pairs, pair]
+            weights.append(weight)
+            pairs.append(pair)
         kept = tuple(weight for weight in weights if weight is not None)
         if cache is not None:
-            length = cache.length + hidden.shape[1]
             keys, values = zip(*pairs, strict=True)
-            cache = Cache(keys, values, length)
+            cache = Cache(keys, values, cache.length + hidden.shape[1])
         return DecoderOutput(hidden, tuple(states) or None, kept or None, cache)
 
     def _layer(self, i: int, deterministic: bool) -> Any:
@@ -380,8 +384,8 @@ class Decoder(Part):
         hidden = hidden + self.embed_positions(positions)
         if cache is not None:
             # A write beyond the end would be moved to fit, over tokens that are still needed.
-            last = cache.length + embeds.shape[1]
-            hidden = jnp.where((cache.length >= 0) & (last <= cache.capacity), hidden, jnp.nan)
+            fits = (cache.length >= 0) & (cache.length <= cache.capacity - embeds.shape[1])
+            hidden = jnp.where(fits, hidden, jnp.nan)
         out = self.layers(hidden, attend, cache, head_mask, collect_states, deterministic)
         hidden = self.final_layer_norm(out.last) if c.has_final_layer_norm else out.last
         if c.has_projections:

@@ -96,7 +96,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """How many tokens the buffers have room for."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[-2]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -109,12 +109,8 @@ class Cache:
 
     def grown(self, capacity: int) -> Cache:
         """The same tokens in buffers with at least this much room."""
-        more = capacity - self.capacity
-        if more <= 0:
-            return self
-        buffers = (self.keys, self.values)
-        rest = ((0, 0), (0, 0), (0, more), (0, 0))
-        keys, values = jax.tree.map(lambda x: jnp.pad(x, rest), buffers)
+        rest = ((0, 0), (0, 0), (0, max(0, capacity - self.capacity)), (0, 0))
+        keys, values = jax.tree.map(lambda x: jnp.pad(x, rest), (self.keys, self.values))
         return Cache(keys, values, self.length)
 
     def _held(self, buffer: Array) -> Array:
@@ -246,7 +242,10 @@ class SelfAttention(Part):
 
 
 def _written(buffer: Array, new: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer.astype(new.dtype), new, start, axis=2)
+    """A buffer with new tokens `[B, H, T, D]`; it may have rows and heads along one axis."""
+    new = new.reshape(*buffer.shape[:-2], *new.shape[-2:])
+    axis = buffer.ndim - 2
+    return jax.lax.dynamic_update_slice_in_dim(buffer.astype(new.dtype), new, start, axis)
 
 
 class DecoderLayer(Part):
@@ -308,8 +307,8 @@ class DecoderLayers(Part):
     ) -> DecoderOutput:
         """`[B, T, C]` -> `[B, T, C]`; the states are what goes into each layer."""
         states: list[Array] = []
-        weights: list[Array | None] = []
-        pairs: list[tuple[Array, Array]] = []
+        weights: list[Any] = []
+        pairs: list[Any] = []
         for i, factors in enumerate(head_mask):
             if collect_states:
                 states.append(hidden)

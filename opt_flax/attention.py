@@ -104,14 +104,20 @@ def eager(
     dropout: float,
     weights: bool,
 ) -> tuple[Array, Array | None]:
-    """The plain path. A forbidden score becomes `floor`: a query that sees nothing is even."""
-    k, v = k[:, :, :keys], v[:, :, :keys]
-    kind = wide(q.dtype)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=kind)  # [B, H, T, S]
+    """The plain path. A forbidden score becomes `floor`: a query that sees nothing is even.
+
+    Keys and values may be `[B * H, S, D]`: see `opt_flax.generation`.
+    """
+    k, v = k[..., :keys, :], v[..., :keys, :]
+    kind, rows = wide(q.dtype), k.shape[:-2]
+    asking = q.reshape(*rows, *q.shape[-2:])
+    scores = jnp.einsum("...td,...sd->...ts", asking, k, preferred_element_type=kind)
+    scores = scores.reshape(*q.shape[:3], keys)  # [B, H, T, S]
     chances = jax.nn.softmax(jnp.where(mask, scores, floor), axis=-1).astype(v.dtype)
     kept = chances if key is None else _dropped(chances, key, dropout)
-    out = jnp.einsum("bhts,bhsd->bhtd", kept, v, preferred_element_type=kind).astype(v.dtype)
-    return out, chances if weights else None  # [B, H, T, D]
+    kept = kept.reshape(*rows, *kept.shape[-2:])
+    out = jnp.einsum("...ts,...sd->...td", kept, v, preferred_element_type=kind).astype(v.dtype)
+    return out.reshape(q.shape), chances if weights else None  # [B, H, T, D]
 
 
 def cudnn(

@@ -169,9 +169,8 @@ class TokenEmbedding(Part):
         """`[B, T]` ids -> `[B, T, E]`; looking up padding teaches its row nothing."""
         count, pad = self.embedding.shape[0], self.config.pad_token_id
         rows = _rows(self.embedding, jnp.where(ids < 0, count, ids), self.dtype)
-        if pad is None:
-            return rows
-        return jnp.where((ids == pad)[..., None], jax.lax.stop_gradient(rows), rows)
+        is_pad = jnp.zeros_like(ids, bool) if pad is None else ids == pad
+        return jnp.where(is_pad[..., None], jax.lax.stop_gradient(rows), rows)
 
     def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         rows = initializers.normal(self.config.init_std)(key, shape, dtype)
@@ -306,9 +305,8 @@ class DecoderLayers(Part):
         deterministic: bool,
     ) -> DecoderOutput:
         """`[B, T, C]` -> `[B, T, C]`; the states are what goes into each layer."""
-        states: list[Array] = []
-        weights: list[Any] = []
-        pairs: list[Any] = []
+        collected: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        states, weights, pairs = collected
         for i, factors in enumerate(head_mask):
             if collect_states:
                 states.append(hidden)

@@ -275,18 +275,29 @@ def step(program: Program, params: Any, state: State, asked: Asked) -> State:
 
 def loop(program: Program, params: Any, state: State, asked: Asked) -> State:
     """All steps, until every row is finished or as long as it may get."""
-    B = len(state.tokens)
 
     def body(state: State) -> State:
-        state = state._replace(cache=_reshaped(state.cache, (B, -1)))
-        state = step(program, params, state, asked)
-        return state._replace(cache=_reshaped(state.cache, (-1,)))
+        return step(program, params, state, asked)
 
-    # Rows and heads lie along one axis on the way, as products on a CPU see them: in another shape
-    # XLA writes the newest keys twice, and copies every buffer in each step to do so.
-    state = state._replace(cache=_reshaped(state.cache, (-1,)))
-    state = lax.while_loop(partial(goes_on, asked=asked), body, state)
-    return voided(state._replace(cache=_reshaped(state.cache, (B, -1))))
+    goes = partial(goes_on, asked=asked)
+    return voided(_flat(lambda state: lax.while_loop(goes, body, state), state))
+
+
+def one(program: Program, params: Any, state: State, asked: Asked) -> State:
+    """A single step, as streams take them."""
+    return _flat(lambda state: step(program, params, state, asked), state)
+
+
+def _flat(run: Callable[[State], State], state: State) -> State:
+    """Run with a cache of `[B * H, S, D]` buffers where XLA's CPU compiler wants them.
+
+    It computes products over one axis of rows; of buffers with two it makes copies in each step.
+    """
+    B, cache = len(state.tokens), state.cache
+    if jax.default_backend() != "cpu" or not len(cache):
+        return run(state)
+    state = run(state._replace(cache=_reshaped(cache, (-1,))))
+    return state._replace(cache=_reshaped(state.cache, (B, -1)))
 
 
 def _reshaped(cache: Cache, front: tuple[int, ...]) -> Cache:
@@ -309,7 +320,7 @@ def select(program: Program, state: State, scores: Array, asked: Asked) -> State
 
 # Compiled once for each `Program` and shape, whichever model asks; a state is used up by its heir.
 _prefill = jax.jit(prefill, static_argnums=0)
-_step = jax.jit(step, static_argnums=0, donate_argnums=2)
+_step = jax.jit(one, static_argnums=0, donate_argnums=2)
 _loop = jax.jit(loop, static_argnums=0, donate_argnums=2)
 _goes_on, _newest = jax.jit(goes_on), jax.jit(newest)
 

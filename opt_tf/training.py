@@ -59,6 +59,19 @@ class TrainingMixin:
         with _step():
             return super().predict_step(data)  # type: ignore[misc]
 
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Build losses and metrics, where a strategy asks for it, on a replica's own batch.
+
+        Keras would show the model the mean of all replicas' batches, and the mean of ids is no id.
+        """
+        strategy = self._distribute_strategy  # type: ignore[attr-defined]
+        if iterator is not None and strategy is not None:
+            batch = next(batches for _, _, batches in iterator)
+            data_batch = keras.tree.map_structure(
+                lambda part: strategy.experimental_local_results(part)[0], next(batch)
+            )
+        super()._maybe_symbolic_build(data_batch=data_batch)  # type: ignore[misc]
+
     def loss_of(
         self,
         outputs: Mapping[str, Tensor],

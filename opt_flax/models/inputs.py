@@ -84,7 +84,7 @@ def check(config: OPTConfig, given: Given, *, keeps_mask: bool = False) -> Given
     held = 0 if given.past is None else _held(given.past)
     ids, mask, positions = given.input_ids, given.attention_mask, given.position_ids
     if ids is not None:
-        ids = _known_ids(config, ids)
+        ids = checked_ids(config, ids)
     if mask is not None:
         mask = _mask(mask, B, held, T, given.past, keeps_mask)
     if positions is not None:
@@ -185,16 +185,25 @@ def _held(past: Cache) -> int | None:
     return None if is_traced(past.length) else int(past.length)
 
 
-def _known_ids(config: OPTConfig, ids: Any) -> Any:
+def checked_ids(config: OPTConfig, ids: Any) -> Any:
+    """Ids in int32 on the host, where their values are known; else as they are.
+
+    Raises:
+        ValueError: one is outside the vocabulary.
+    """
+    # Narrow types have no room for the size of the vocabulary, which stands for what is no id.
+    is_array, narrow = isinstance(ids, jax.Array), ids.dtype.itemsize < 4
+    held = ids.astype(jnp.int32) if is_array and narrow else ids
     found = known(ids)
     if found is None:
-        return ids
+        return held
     least, most = int(found.min()), int(found.max())
     if least < 0 or most >= config.vocab_size:
         wrong = least if least < 0 else most
         row, place = (int(x) for x in np.argwhere(found == wrong)[0])
         raise arguments.unknown_id(wrong, row, place, config.vocab_size)
-    return found.astype(np.int32)
+    # An array of JAX stays where it is: it may be spread over devices.
+    return held if is_array else found.astype(np.int32)
 
 
 def _mask(mask: Any, B: int, held: int | None, T: int, past: Cache | None, keeps_mask: bool) -> Any:

@@ -263,6 +263,16 @@ def test_an_id_outside_the_vocabulary_poisons_its_text(model: Any) -> None:
             model(ids)
 
 
+def test_ids_of_a_narrow_type_cannot_hide_in_it(wing: Wing) -> None:
+    model = build(wing, vocab_size=300, num_hidden_layers=1)
+    ids = np.where(IDS[0, 2] == IDS, -2, IDS).astype(np.int8)
+    assert np.isnan(jax.jit(model)(ids).logits[0]).all()
+    with pytest.raises(ValueError, match="input_ids hold -2 in row 0 at place 2"):
+        model(jnp.asarray(ids))
+    right = model(IDS).logits
+    np.testing.assert_array_equal(model(jnp.asarray(IDS, jnp.int8)).logits, right)
+
+
 def test_a_position_out_of_range_poisons_its_text(model: Any) -> None:
     inside = jax.jit(lambda places: model(IDS, position_ids=places))
     for wrong in (32, 33, 1000, -2, -1000):

@@ -31,9 +31,13 @@ CORE_LIBRARIES = {
 #: Rooms of the core that import frameworks, wings or conversion, in the function that needs them.
 LATE_IMPORTERS = ("opt_core/cli", "opt_core/tokenizer")
 ROOMS = {"attention", "decoder", "generation", "models", "weights"}
-#: Rooms that a framework needs besides, and no other: PyTorch's private operators for CPUs; layers
-#: that Keras does not have, and what it asks of a model that it trains.
-NATIVE = {"opt_torch": {"linear", "packed"}, "opt_tf": {"layers", "training"}}
+#: Rooms that a framework needs besides: PyTorch's private operators for CPUs; layers that Keras and
+#: Flax do not have, or have otherwise; what Keras asks of a model that it trains.
+NATIVE = {
+    "opt_torch": {"linear", "packed"},
+    "opt_tf": {"layers", "training"},
+    "opt_flax": {"layers"},
+}
 #: How TensorFlow's notes about the machine begin, which it writes past Python on being imported.
 NOTE = re.compile(
     r"WARNING: All log messages before absl|[IWE]\d{4} |To enable the following instr"

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from opt_core import arguments
+from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver
 from opt_core.outputs import GenerateOutput
 from opt_flax.attention import Visible, choose
@@ -29,7 +30,7 @@ from opt_flax.generation.rules import (
     seeded,
     voided,
 )
-from opt_flax.models.inputs import parts_of
+from opt_flax.models.inputs import checked_ids, parts_of
 
 
 class GenerationMixin:
@@ -148,7 +149,7 @@ class _Run(NamedTuple):
         config = model.config
         merged = (generation or model.generation_config).merged(**options)
         params = model.params if params is None else params
-        prompt = _prompt(input_ids, merged, config.vocab_size)
+        prompt = _prompt(config, input_ids, merged)
         shown = _shown(prompt, attention_mask, merged.padding_id)
         B, P = prompt.shape
         lengths = [P] * B if is_traced(shown) else shown.sum(1).tolist()
@@ -296,23 +297,17 @@ def _flat(run: Callable[[State], State], state: State) -> State:
     B, cache = len(state.tokens), state.cache
     if jax.default_backend() != "cpu" or not len(cache):
         return run(state)
-    state = run(state._replace(cache=_reshaped(cache, (-1,))))
-    return state._replace(cache=_reshaped(state.cache, (B, -1)))
-
-
-def _reshaped(cache: Cache, front: tuple[int, ...]) -> Cache:
-    """The cache with other axes in front of `[S, D]`."""
-    new: Cache = jax.tree.map(lambda x: x.reshape(*front, *x.shape[-2:]) if x.ndim else x, cache)
-    return new
+    state = run(state._replace(cache=cache.reshaped(-1)))
+    return state._replace(cache=state.cache.reshaped(B, -1))
 
 
 def select(program: Program, state: State, scores: Array, asked: Asked) -> State:
     """Choose the token of every row from its scores `[B, V]`, and note it."""
     chosen = choice(scores, state, asked, samples=program.samples)
-    at = (jnp.int32(0), state.length)
+    write = partial(lax.dynamic_update_index_in_dim, index=state.length, axis=1)
     return state._replace(
-        tokens=lax.dynamic_update_slice(state.tokens, chosen[:, None], at),
-        mask=lax.dynamic_update_slice(state.mask, jnp.ones_like(chosen, bool)[:, None], at),
+        tokens=write(state.tokens, chosen),
+        mask=write(state.mask, jnp.ones_like(chosen, bool)),
         finished=state.finished | (chosen[:, None] == asked.stops[None]).any(1),
         length=state.length + 1,
     )
@@ -385,7 +380,7 @@ def _scores(program: Program, params: Any, last: Array) -> Array:
     return jnp.asarray(scores)
 
 
-def _prompt(input_ids: Any, generation: GenerationConfig, vocab_size: int) -> Any:
+def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> Any:
     """int32 `[B, P]`, on the host where its values are known."""
     if input_ids is None:
         if generation.bos_token_id is None:
@@ -394,12 +389,7 @@ def _prompt(input_ids: Any, generation: GenerationConfig, vocab_size: int) -> An
     ids = input_ids if is_traced(input_ids) else np.asarray(input_ids)
     is_whole = np.issubdtype(ids.dtype, np.integer)
     arguments.check_prompt(arguments.Given(tuple(ids.shape), str(ids.dtype), not is_whole))
-    if not is_traced(ids):
-        wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
-        if len(wrong):
-            row, place = wrong[0].tolist()
-            raise arguments.unknown_id(int(ids[row, place]), row, place, vocab_size)
-    return ids.astype(np.int32)
+    return checked_ids(config, ids).astype(np.int32)
 
 
 def _shown(prompt: Any, mask: Any, padding: int | None) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array
+from jax import Array, export
 from numpy.typing import NDArray
 
 from opt_core import arguments
@@ -117,7 +117,8 @@ def room_for(past: Cache | None, tokens: int) -> int:
         ValueError: inside a program, where buffers cannot grow, they are too short.
     """
     if past is None:
-        return bucket(tokens + 1)
+        # A length that is a symbol, as in jax.export, has no bucket.
+        return bucket(tokens + 1) if isinstance(tokens, int) else tokens + 1
     held = _held(past)
     if held is None and tokens > past.capacity:
         raise ValueError(
@@ -352,3 +353,15 @@ for _record in (
 ):
     # Transformed functions find the arrays of an output through JAX's tree registry.
     jax.tree_util.register_pytree_with_keys(_record, _leaves, partial(_from_leaves, _record))
+    export.register_pytree_node_serialization(
+        _record,
+        serialized_name=f"optlm.{_record.__name__}",
+        serialize_auxdata=lambda names: ",".join(names).encode(),
+        deserialize_auxdata=lambda data: tuple(data.decode().split(",")),
+    )
+export.register_pytree_node_serialization(
+    Cache,
+    serialized_name="optlm.Cache",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)

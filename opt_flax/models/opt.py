@@ -6,9 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
-from jax.nn import initializers
 
 from opt_core.arguments import check_both_places, unknown_ends
 from opt_core.config import OPTConfig
@@ -21,8 +19,9 @@ from opt_core.outputs import (
 )
 from opt_core.weights import Head
 from opt_flax.attention import choose
-from opt_flax.decoder import Cache, Decoder, Part
+from opt_flax.decoder import Cache, Decoder
 from opt_flax.generation import GenerationMixin
+from opt_flax.layers import LanguageHead, Part
 from opt_flax.models import inputs, losses
 from opt_flax.models.base import FlaxOPTPreTrainedModel
 from opt_flax.models.inputs import Asked, Given, Training
@@ -110,20 +109,6 @@ class FlaxOPTModule(OPTPart):
             attentions=out.attentions,
         )
         return result if return_dict else result.to_tuple()
-
-
-class LanguageHead(Part):
-    """The scores of every token; a tied one lends the embedding's rows."""
-
-    @nn.compact
-    def __call__(self, hidden: Array, embedding: Array | None = None) -> Array:
-        """`[..., E]` hidden states -> `[..., V]`."""
-        if embedding is not None:
-            return jnp.einsum("...e,ve->...v", hidden, embedding.astype(self.dtype))
-        shape = (self.config.word_embed_proj_dim, self.config.vocab_size)
-        draw = initializers.normal(self.config.init_std)
-        kernel: Array = self.param("kernel", draw, shape, self.param_dtype)
-        return jnp.einsum("...e,ev->...v", hidden, kernel.astype(self.dtype))
 
 
 class FlaxOPTForCausalLMModule(OPTPart):

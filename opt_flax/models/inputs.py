@@ -102,10 +102,8 @@ def check(config: OPTConfig, given: Given, *, keeps_mask: bool = False) -> Given
     return given._replace(input_ids=ids, attention_mask=mask, position_ids=positions)
 
 
-def told(values: Any) -> arguments.Given | None:
+def told(values: Any) -> arguments.Given:
     """An array as an error describes it."""
-    if values is None:
-        return None
     is_float = jnp.issubdtype(values.dtype, jnp.inexact)
     return arguments.Given(tuple(values.shape), str(values.dtype), is_float)
 

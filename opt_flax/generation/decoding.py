@@ -30,7 +30,7 @@ from opt_flax.generation.rules import (
     seeded,
     voided,
 )
-from opt_flax.models.inputs import checked_ids, parts_of
+from opt_flax.models.inputs import checked_ids, parts_of, told
 
 
 class GenerationMixin:
@@ -387,8 +387,7 @@ def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> 
             raise arguments.missing_prompt()
         return np.array([[generation.bos_token_id]], np.int32)
     ids = input_ids if is_traced(input_ids) else np.asarray(input_ids)
-    is_whole = np.issubdtype(ids.dtype, np.integer)
-    arguments.check_prompt(arguments.Given(tuple(ids.shape), str(ids.dtype), not is_whole))
+    arguments.check_prompt(told(ids))
     return checked_ids(config, ids).astype(np.int32)
 
 

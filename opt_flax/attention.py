@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import Partial
 
 #: XLA fuses the plain path by itself, so "eager" and "xla" are one program; the others are kernels
 #: written by hand, for GPUs (cuDNN's flash attention) and for TPUs (the one that JAX ships).
 IMPLEMENTATIONS = ("eager", "xla", "cudnn", "tpu_flash")
 
 #: `[B, H, T, D]`, then `[B, H, S, D]` twice, and a key for dropout or None -> `[B, H, T, D]` and
-#: the weights `[B, H, T, keys]` or None. Queries arrive scaled. A tree, so that it may be the
-#: argument of a transformed function.
+#: the weights `[B, H, T, keys]` or None. Queries arrive scaled. See `Kernel`.
 Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Array | None]]
 
 #: Rows and columns that the TPU kernel works on at once.
@@ -74,22 +72,41 @@ def choose(
     Raises:
         ValueError: a kernel was chosen that cannot run this call.
     """
-    mask, held = visible.mask(), visible.held()
+    mask, held, keys = visible.mask(), visible.held(), visible.keys
     if implementation in ("cudnn", "tpu_flash"):
         _refuse(implementation, dtype, platform, weights, dropout)
         blind = None if visible.shown is None else ~mask.any(-1, keepdims=True)
         if implementation == "cudnn":
             causal = visible.is_whole and visible.shown is None
-            kernel = partial(cudnn, keys=visible.keys, causal=causal)
-            return Partial(kernel, mask=None if causal else mask, blind=blind, held=held)
+            told = {"mask": None if causal else mask, "blind": blind, "held": held}
+            return Kernel("cudnn", told, (("keys", keys), ("causal", causal)))
         if visible.is_whole:
-            return Partial(tpu_flash, shown=visible.shown, blind=blind)
+            return Kernel("tpu_flash", {"shown": visible.shown, "blind": blind}, ())
     lowest = jnp.finfo(wide(dtype)).min
     # Two depths: a query that sees nothing attends evenly to the tokens that are there, and never
     # to the places of a buffer that nobody has filled.
     floor = lowest if held is None else jnp.where(held, lowest, -jnp.inf)[None, None, None]
-    plain = partial(eager, keys=visible.keys, dropout=dropout, weights=weights)
-    return Partial(plain, mask=mask, floor=jnp.asarray(floor, wide(dtype)))
+    told = {"mask": mask, "floor": jnp.asarray(floor, wide(dtype))}
+    return Kernel("eager", told, (("keys", keys), ("dropout", dropout), ("weights", weights)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by its name, with the arrays and the options that it is told besides q, k and v.
+
+    A tree of nothing but arrays and plain values: Flax transforms it, and shows it in a table.
+    """
+
+    name: str = field(metadata={"static": True})
+    arrays: dict[str, Array | None]
+    options: tuple[tuple[str, Any], ...] = field(metadata={"static": True})
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, key: Array | None
+    ) -> tuple[Array, Array | None]:
+        """As `Attend`."""
+        return _KERNELS[self.name](q, k, v, key, **self.arrays, **dict(self.options))
 
 
 def eager(
@@ -166,6 +183,13 @@ def tpu_flash(
         segments = SegmentIds(jnp.ones((B, T + rest), jnp.int32), real)
     out = flash_attention(q, longer_k, longer_v, segment_ids=segments, causal=True)
     return _evened(out[:, :, :T], v, blind, None), None  # [B, H, T, D]
+
+
+_KERNELS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
+    "eager": eager,
+    "cudnn": cudnn,
+    "tpu_flash": tpu_flash,
+}
 
 
 def _evened(out: Array, v: Array, blind: Array | None, held: Array | None) -> Array:

@@ -102,7 +102,9 @@ class PositionEmbedding(Part):
         draw = initializers.normal(self.config.init_std)
         table = self.param("embedding", draw, (count, c.hidden_size), self.param_dtype)
         rows = jnp.maximum(positions + c.position_offset, 0)
-        return _rows(table, jnp.where(positions < -1, count, rows), self.dtype)
+        # Compared before the offset is added, for the sum of a huge one and it has no room.
+        is_none = (positions < -1) | (positions >= c.max_position_embeddings)
+        return _rows(table, jnp.where(is_none, count, rows), self.dtype)
 
 
 def _rows(table: Array, places: Array, dtype: Any) -> Array:

@@ -112,7 +112,8 @@ def test_parameters_of_a_call_stand_for_those_of_the_model(wing: Wing, model: An
     ],
 )
 def test_dropout_follows_its_key(wing: Wing, rate: str, switch: Any, key: Any) -> None:
-    model = build(wing, **{rate: 0.5})
+    changes: dict[str, Any] = {rate: 0.5}
+    model = build(wing, **changes)
     one, same, other = (model(IDS, dropout_rng=key(seed), **switch).logits for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
@@ -137,7 +138,8 @@ def test_switches_that_contradict_each_other_are_refused(model: Any, value: bool
 
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "layerdrop"])
 def test_training_with_dropout_asks_for_a_key(wing: Wing, rate: str) -> None:
-    model = build(wing, **{rate: 0.5})
+    changes: dict[str, Any] = {rate: 0.5}
+    model = build(wing, **changes)
     with pytest.raises(ValueError, match="needs dropout_rng: pass a key of"):
         model(IDS, train=True)
 
@@ -275,7 +277,7 @@ def test_ids_of_a_narrow_type_cannot_hide_in_it(wing: Wing) -> None:
 
 def test_a_position_out_of_range_poisons_its_text(model: Any) -> None:
     inside = jax.jit(lambda places: model(IDS, position_ids=places))
-    for wrong in (32, 33, 1000, -2, -1000):
+    for wrong in (32, 33, 1000, 2**31 - 1, -2, -1000, -(2**31)):
         places = np.tile(np.arange(6), (2, 1))
         places[1, 3] = wrong
         found = np.asarray(inside(places).logits)

@@ -36,7 +36,7 @@ def shapes_of(params: Any) -> Any:
     return jax.tree.map(lambda leaf: Spec(leaf.shape, leaf.dtype), params)
 
 
-def symbols(names: str, **options: Any) -> tuple[Any, ...]:
+def symbols(names: str, **options: Any) -> Any:
     return export.symbolic_shape(names, **options)
 
 

@@ -87,7 +87,7 @@ def test_a_step_of_sgd_goes_down_the_slopes_of_float64(wing: Wing) -> None:
     after, sampled, right = wing.weights(model), {}, {}
     random = np.random.default_rng(0)
     for name, before in weights.items():
-        place = tuple(random.integers(size) for size in before.shape)
+        place = tuple(int(random.integers(size)) for size in before.shape)
         right[name] = np.array(slope(config, weights, name, place))
         sampled[name] = (before.astype(np.float64) - after[name])[place]
     # A step rounds each weight to float32, whose unit is 1e-7 of it.
@@ -102,7 +102,8 @@ def slope(config: Any, weights: Arrays, name: str, place: tuple[int, ...]) -> fl
     for step in (1e-6, -1e-6):
         moved = {n: v.astype(np.float64) for n, v in weights.items()}
         moved[name][place] += step
-        losses.append(float(reference.causal_lm(config, moved, input_ids=IDS, labels=IDS).loss))
+        loss = reference.causal_lm(config, moved, input_ids=IDS, labels=IDS).loss
+        losses.append(float(np.float64(loss)))
     return (losses[0] - losses[1]) / 2e-6
 
 

@@ -60,11 +60,25 @@ def fresh(model: keras.Model, rows: Iterable[Weight], head: Head) -> None:
 
 
 def tensors(model: keras.Model, config: OPTConfig, head: Head) -> dict[str, TensorSource]:
-    """What a checkpoint of this model holds, by the names of the file; copied only when read."""
-    return {
+    """What a checkpoint of this model holds, by the names of the file; copied only when read.
+
+    Where Keras has put a low-rank adapter on a layer, its kernel is the merged one.
+
+    Raises:
+        ValueError: Keras has quantized a layer.
+    """
+    found = {
         stored_name(name, head): _Stored(variable(model, row, head), row.transposed("keras"))
         for name, row in table(config, head).items()
     }
+    for name, source in found.items():
+        kind = tf.as_dtype(source.variable.dtype)
+        if not kind.is_floating:
+            raise ValueError(
+                f"{name} is {kind.name}: what Keras has quantized cannot be saved as a checkpoint; "
+                "save it before"
+            )
+    return dict(found)
 
 
 def variable(model: keras.Model, row: Weight, head: Head) -> keras.Variable:
@@ -89,7 +103,7 @@ class _Stored:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        name = keras.backend.standardize_dtype(self.variable.value.dtype)
+        name = keras.backend.standardize_dtype(self.variable.dtype)
         kind: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
         return kind
 
@@ -100,5 +114,5 @@ class _Stored:
         return np.array(values, order="C")
 
     def map(self) -> NDArray[Any]:
-        values: NDArray[Any] = self.variable.value.numpy()
+        values: NDArray[Any] = tf.convert_to_tensor(self.variable).numpy()
         return values.T if self.transposed else values

@@ -46,13 +46,6 @@ def test_a_backend_that_keras_reads_from_its_own_file_is_refused_too(tmp_path: P
     assert again.returncode == 0, again.stderr
 
 
-def test_the_backend_that_is_the_default_is_right(tmp_path: Path) -> None:
-    done = run(
-        "import opt_tf, keras; print(keras.backend.backend())", KERAS_HOME=str(tmp_path / "none")
-    )
-    assert done.stdout.strip() == "tensorflow", done.stderr
-
-
 @pytest.mark.parametrize("missing", ["tensorflow", "keras"])
 def test_without_tensorflow_the_error_says_what_to_install(missing: str) -> None:
     done = run(f"import sys; sys.modules[{missing!r}] = None; import opt_tf")

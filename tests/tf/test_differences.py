@@ -50,7 +50,8 @@ def test_a_keras_model_has_all_weights_before_its_first_call() -> None:
 
 def test_hints_about_formats_change_nothing_in_keras(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    for hint in ({}, {"from_pt": True}, {"from_pt": False}, {"from_tf": True}):
+    hints: list[dict[str, Any]] = [{}, {"from_pt": True}, {"from_pt": False}, {"from_tf": True}]
+    for hint in hints:
         other = TFOPTForCausalLM.from_pretrained(tmp_path, **hint)
         np.testing.assert_array_equal(other(IDS).logits, model(IDS).logits)
 

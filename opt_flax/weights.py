@@ -68,13 +68,15 @@ def load(
     Raises:
         CheckpointMismatch: the tensors are not those that the configuration asks for.
     """
-    kind, found = dtype or stored_dtype(checkpoint), {}
+    kind, found, newest = dtype or stored_dtype(checkpoint), {}, None
     for row, values in read(config, head, checkpoint, check=check):
         path = path_of(row, head)
         where = None if placements is None else placements[path]
         array = _drawn(row, key, kind) if values is None else _laid_out(row, values, kind)
-        # Values that are already in place and in type stay in the file, which maps them.
-        found[path] = jax.device_put(array, where)
+        # Copies run behind Python: waiting for the one before keeps at most two tensors in memory
+        # twice. Values that are already in place and in type stay in the file, which maps them.
+        jax.block_until_ready(newest)
+        newest = found[path] = jax.device_put(array, where)
     result: Params = unflatten_dict(found)
     return result
 

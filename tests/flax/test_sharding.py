@@ -30,7 +30,8 @@ def mesh_of(data: int, model: int, kind: AxisType = AxisType.Auto) -> Mesh:
 
 
 def build(wing: Wing, head: Head = Head.CAUSAL_LM, **changes: Any) -> Any:
-    config = tiny(**{"dropout": 0.0, **WIDE, **changes})
+    """One layer, unless told otherwise: programs for eight devices take long to compile."""
+    config = tiny(**{"dropout": 0.0, "num_hidden_layers": 1, **WIDE, **changes})
     return wing.build(head, config, random_weights(config, head))
 
 
@@ -130,7 +131,7 @@ def test_the_weights_of_layers_never_meet_on_one_device(wing: Wing) -> None:
 
 
 def test_a_step_of_training_on_a_mesh_is_that_of_one_device(wing: Wing) -> None:
-    model = build(wing, num_hidden_layers=1, dropout=0.1)
+    model = build(wing, dropout=0.1)
     given = {**BATCH.inputs, **labels(Head.CAUSAL_LM, model.config, BATCH)}
     optimiser = optax.adam(0.01, eps=0.1)
 
@@ -157,7 +158,7 @@ def test_a_step_of_training_on_a_mesh_is_that_of_one_device(wing: Wing) -> None:
 
 
 def test_generation_on_a_mesh_gives_the_same_tokens(wing: Wing) -> None:
-    config, mesh = tiny(**WIDE), mesh_of(2, 4)
+    config, mesh = tiny(num_hidden_layers=1, **WIDE), mesh_of(2, 4)
     model = wing.build(Head.CAUSAL_LM, config, random_weights(config, Head.CAUSAL_LM, std=0.3))
     asked: Any = {"max_new_tokens": 5, "eos_token_id": None}
     right = model.generate(BATCH.ids, attention_mask=BATCH.mask, **asked)
@@ -178,7 +179,7 @@ def test_data_alone_is_spread_over_whole_copies(wing: Wing) -> None:
 
 
 def test_each_device_may_compute_its_own_rows(wing: Wing) -> None:
-    model = build(wing, num_hidden_layers=1)
+    model = build(wing)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def gradient(params: Any, ids: Any) -> Any:

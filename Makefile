@@ -7,15 +7,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-deep lint format bench docs clean
+.PHONY: demo test test-torch test-tf test-flax test-deep lint format bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/optlm demo
 
-# A process for each framework; the first also runs what needs none, and what needs all three.
+# A process for each framework, two at a time: compiling takes one core. The first also runs what
+# needs no framework, and what needs all three.
 test: lint
+	@$(MAKE) --no-print-directory --jobs 2 test-torch test-tf test-flax
+
+test-torch: $(VENV)/.dev
 	$(BIN)/python -m pytest --wing torch
+
+test-tf: $(VENV)/.dev
 	$(BIN)/python -m pytest --wing tf -m 'wing and not deep'
+
+test-flax: $(VENV)/.dev
 	$(BIN)/python -m pytest --wing flax -m 'wing and not deep'
 
 # The long versions: tests marked deep as well, and ten times the examples of a property.

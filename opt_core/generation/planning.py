@@ -23,8 +23,9 @@ class DecodeState(NamedTuple, Generic[Array, CacheType]):
     from the logits, and stops being asked once every row is finished or `length` is P + N.
     """
 
-    #: int [B, P + N]: the prompt as given, then what was chosen; `GenerationConfig.fill` where
-    #: nothing is chosen yet, and after the stop token of a row that is finished.
+    #: int [B, P + N], or [B, S] where N is an argument of a compiled program: the prompt as given,
+    #: then what was chosen; `GenerationConfig.fill` where nothing is chosen yet, and after the stop
+    #: token of a row that is finished.
     tokens: Array
     #: int []: how many columns of `tokens` are settled; P before the first choice.
     length: Array

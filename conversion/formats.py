@@ -1,10 +1,13 @@
-"""The formats of checkpoints: one row each, how it is recognised and who reads it."""
+"""The formats of checkpoints: one row each, how it is recognised, who reads and writes it."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from conversion.names import canonical_names
+from conversion.names import HUGGING_FACE, Rule
+from conversion.pieces import Count, Piece, Tensors, sharded
 from conversion.torch_file import LEGACY_START, ZIP_START, read_torch_file
 from opt_core.checkpoint import (
     Checkpoint,
@@ -16,102 +19,158 @@ from opt_core.checkpoint import (
     read_safetensors,
     read_safetensors_metadata,
     read_weight_map,
+    safetensors_blocks,
 )
+from opt_core.checkpoint.saving import INDEX_ENDING
 
-INDEX_ENDING = ".index.json"
 _START_BYTES = 32
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a reader finds at a place: tensors under the names of the file."""
+
+    tensors: Mapping[str, TensorSource]
+    #: All files that the tensors come from.
+    files: tuple[Path, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Format:
-    """One format: the names of its files in a folder, its marks, and its readers."""
+    """One format: the marks by which it is known, its reader, its writer and its names."""
 
+    #: What `--to` calls it.
     name: str
-    file: str
+    title: str
+    #: How its files, or the folder that is one checkpoint, are called in a folder: names or
+    #: patterns, the first that is there is read.
+    files: tuple[str, ...]
     endings: tuple[str, ...]
-    begins: Callable[[bytes], bool]
-    read: Callable[[Path], Mapping[str, TensorSource]]
-    read_metadata: Callable[[Path], Mapping[str, str]]
+    #: Whether a path is of this format, by its first bytes (empty for a folder) or what is in it.
+    recognises: Callable[[Path, bytes], bool]
+    #: Opens one file or folder, reading no tensor.
+    read: Callable[[Path], Contents]
+    rule: Rule
+    #: The pieces of a checkpoint, given stored tensors and the largest size of a shard in bytes.
+    pieces: Callable[[Tensors, int], list[Piece]]
+    #: The extra that must be installed to read or write it.
+    extra: str | None = None
 
-    @property
-    def index(self) -> str:
-        """The name of the index, when the tensors are in shards."""
-        return self.file + INDEX_ENDING
+
+def _read_safetensors(path: Path) -> Contents:
+    return Contents(read_safetensors(path), (path,), read_safetensors_metadata(path))
 
 
-# In order of preference. Safetensors first: no pickle, and every byte accounted for.
+def _write_safetensors(path: Path, tensors: Tensors, count: Count) -> None:
+    with path.open("xb") as handle:
+        handle.writelines(safetensors_blocks(tensors, count))
+
+
+def _with_index(file: str) -> tuple[str, str]:
+    return file, file + INDEX_ENDING
+
+
+# In the order of preference in a folder that holds several. Safetensors first: no pickle, and every
+# byte accounted for. A file is asked about in the other order, since later rows are more special:
+# metaseq's files are PyTorch's, Keras's are HDF5 or zip.
 FORMATS = (
     Format(
         name="safetensors",
-        file="model.safetensors",
+        title="safetensors, single and sharded",
+        files=_with_index("model.safetensors"),
         endings=(".safetensors",),
-        begins=lambda start: start[8:9] == b"{",
-        read=read_safetensors,
-        read_metadata=read_safetensors_metadata,
+        recognises=lambda path, start: start[8:9] == b"{",
+        read=_read_safetensors,
+        rule=HUGGING_FACE,
+        pieces=lambda tensors, limit: sharded(
+            "model.safetensors", tensors, limit, _write_safetensors
+        ),
     ),
     Format(
-        name="torch",
-        file="pytorch_model.bin",
+        name="pytorch",
+        title="`pytorch_model.bin`, single and sharded, zip and legacy",
+        files=_with_index("pytorch_model.bin"),
         endings=(".bin", ".pt", ".pth"),
-        begins=lambda start: start.startswith((ZIP_START, LEGACY_START)),
-        read=read_torch_file,
-        read_metadata=lambda path: {},
+        recognises=lambda path, start: start.startswith((ZIP_START, LEGACY_START)),
+        read=lambda path: Contents(read_torch_file(path), (path,)),
+        rule=HUGGING_FACE,
+        pieces=lambda tensors, limit: sharded(
+            "pytorch_model.bin", tensors, limit, _write_safetensors
+        ),
     ),
 )
 
 # What to ask the hub for: the first of these that a repository has.
-WEIGHT_FILES = [[name] for row in FORMATS for name in (row.file, row.index)]
+WEIGHT_FILES = [[name] for row in FORMATS for name in row.files if "*" not in name]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def format_named(name: str) -> Format:
+    """The row of a name; ValueError, which lists them all, if there is none."""
+    for row in FORMATS:
+        if row.name == name:
+            return row
+    known = ", ".join(row.name for row in FORMATS)
+    raise ValueError(f"there is no format {name!r}; known are {known}")
+
+
+def open_checkpoint(path: str | Path, *, prefer: str | None = None) -> Checkpoint:
     """Opens a folder, a single file of weights or an index, in any format, reading no tensor.
+
+    Of a folder that holds several formats the one named by `prefer` is read, which must be there;
+    else the first in the order of `FORMATS`.
 
     Raises CheckpointNotFound when there are no weights; CheckpointDamaged or CheckpointUnsafe for
     files that cannot be used.
     """
     path = Path(path)
-    file = _file_of_folder(path) if path.is_dir() else path
-    if not file.exists():
-        raise CheckpointNotFound(f"there is no checkpoint at {path}: no such file or folder")
-    if file.name.endswith(INDEX_ENDING):
-        return _open_index(path, file)
-    row = _recognised(file)
-    return _checkpoint(path, row, (file,), row.read(file), row.read_metadata(file))
+    row, place = _found(path, prefer)
+    if place.name.endswith(INDEX_ENDING):
+        row, contents = _read_index(place)
+    else:
+        contents = row.read(place)
+    opened = row.rule.opened(contents.tensors, str(path))
+    return Checkpoint(
+        path, row.name, contents.files, opened.tensors, opened.original_names, contents.metadata
+    )
 
 
-def _open_index(path: Path, index: Path) -> Checkpoint:
-    shards = [index.parent / name for name in dict.fromkeys(read_weight_map(index).values())]
+def _read_index(index: Path) -> tuple[Format, Contents]:
     rows: list[Format] = []
 
     def read_shard(shard: Path) -> Mapping[str, TensorSource]:
         rows.append(_recognised(shard))
-        return rows[-1].read(shard)
+        return rows[-1].read(shard).tensors
 
+    shards = [index.parent / name for name in dict.fromkeys(read_weight_map(index).values())]
     tensors = read_index(index, read_shard)
-    return _checkpoint(path, rows[0], (index, *shards), tensors, read_index_metadata(index))
+    return rows[0], Contents(tensors, (index, *shards), read_index_metadata(index))
 
 
-def _checkpoint(
-    path: Path,
-    row: Format,
-    files: tuple[Path, ...],
-    stored: Mapping[str, TensorSource],
-    metadata: Mapping[str, str],
-) -> Checkpoint:
-    names = canonical_names(stored, str(path))
-    tensors = {canonical: stored[name] for canonical, name in names.items()}
-    return Checkpoint(path, row.name, files, tensors, names, metadata)
+def _found(path: Path, prefer: str | None) -> tuple[Format, Path]:
+    """The format, and the file or folder in which it lies."""
+    if not path.exists():
+        raise CheckpointNotFound(f"there is no checkpoint at {path}: no such file or folder")
+    if path.is_dir():
+        return _in_folder(path, prefer)
+    if path.name.endswith(INDEX_ENDING):
+        return FORMATS[0], path
+    return _recognised(path), path
 
 
-def _file_of_folder(folder: Path) -> Path:
-    looked_for = [name for names in WEIGHT_FILES for name in names]
-    for name in looked_for:
-        if (folder / name).exists():
-            return folder / name
+def _in_folder(folder: Path, prefer: str | None) -> tuple[Format, Path]:
+    rows = [row for row in FORMATS if prefer in (None, row.name)]
+    for row in rows:
+        if row.recognises(folder, b""):
+            return row, folder
+        for name in row.files:
+            for place in sorted(folder.glob(name)):
+                return row, place
     there = sorted(entry.name for entry in folder.iterdir())
     listed = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
+    looked_for = ", ".join(name for row in rows for name in row.files)
     raise CheckpointNotFound(
-        f"there are no weights in {folder}: looked for {', '.join(looked_for)}; "
+        f"there are no weights in {folder}: looked for {looked_for}; "
         f"found {listed or 'an empty folder'}"
     )
 
@@ -120,13 +179,13 @@ def _recognised(file: Path) -> Format:
     """The format of a file: by how it begins, else by how its name ends."""
     with file.open("rb") as handle:
         start = handle.read(_START_BYTES)
-    for row in FORMATS:
-        if row.begins(start):
+    for row in reversed(FORMATS):
+        if row.recognises(file, start):
             return row
     for row in FORMATS:
         if file.name.endswith(row.endings):
             return row
-    known = ", ".join(f"{row.name} (*{', *'.join(row.endings)})" for row in FORMATS)
+    known = ", ".join(f"{row.name} (*{', *'.join(row.endings)})" for row in FORMATS if row.endings)
     raise CheckpointError(
         f"{file} is in no format that can be read: it begins with {start[:8]!r}; known are {known}"
     )

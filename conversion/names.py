@@ -1,13 +1,19 @@
-"""Where a tensor of the weight table lives in Hugging Face files of any age: one table, both ways.
+"""Where a row of the weight table lives in a file: one rule a kind of file, read both ways.
 
 Canonical names are `model.decoder.…` for the decoder, then `lm_head.weight`, `score.weight`,
-`qa_outputs.weight` and `qa_outputs.bias`.
+`qa_outputs.weight` and `qa_outputs.bias`; the canonical layout of a matrix is `[out, in]`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from __future__ import annotations
 
-from opt_core.checkpoint import CheckpointDamaged
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from conversion.views import Constant, transposed
+from opt_core.checkpoint import CheckpointDamaged, TensorSource
+from opt_core.config import OPTConfig
+from opt_core.weights import LEAVES, Head, Kind, Weight, stored_name, switched_off, table
 
 CANONICAL = "model.decoder."
 
@@ -41,6 +47,103 @@ PARTS = (
     Stored("project_out_dim.", "project_out."),
     Stored("version", None),
 )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The tensors of a file in the canonical layout, and the name under which each was found."""
+
+    tensors: Mapping[str, TensorSource]
+    original_names: Mapping[str, str]
+    #: What a file may hold besides weights, such as an optimizer's state: left behind.
+    left_out: tuple[str, ...] = ()
+
+
+class Rule(Protocol):
+    """How one kind of file names, turns, fuses and splits the tensors of the table."""
+
+    def opened(self, stored: Mapping[str, TensorSource], where: str) -> Opened:
+        """The tensors of the checkpoint `where`, canonically named and laid out.
+
+        A name that no rule knows stays as it is, for the weight table to judge. Raises
+        CheckpointDamaged when two stored names stand for one tensor.
+        """
+        ...
+
+    def stored(
+        self, tensors: Mapping[str, TensorSource], config: OPTConfig, head: Head
+    ) -> dict[str, TensorSource]:
+        """Canonical tensors as a file of a model with this configuration and head holds them."""
+        ...
+
+
+@dataclass(frozen=True)
+class FrameworkRule:
+    """A file whose tensors are those of the table one by one, under a framework's own names.
+
+    `spell` makes the file's name of a parameter's dotted path and the head, `path` goes back
+    (None: no weight). With `complete`, the file holds also the biases and norms that a
+    configuration switches off, since the classes that read it cannot do without.
+    """
+
+    framework: str
+    spell: Callable[[str, Head], str] = stored_name
+    path: Callable[[str], str | None] = field(default=lambda name: name)
+    complete: bool = False
+
+    def opened(self, stored: Mapping[str, TensorSource], where: str) -> Opened:
+        """See `Rule.opened`."""
+        tensors: dict[str, TensorSource] = {}
+        names: dict[str, str] = {}
+        left_out = []
+        for name, source in stored.items():
+            path = self.path(name)
+            if path is None:
+                left_out.append(name)
+                continue
+            module, dot, word = path.rpartition(".")
+            leaf, turned = self._leaf(word)
+            canonical = canonical_name(module + dot + leaf)
+            if canonical is None:
+                continue
+            check_once(canonical, name, names, where)
+            names[canonical] = name
+            tensors[canonical] = transposed(source) if turned and len(source.shape) == 2 else source
+        return Opened(tensors, names, tuple(left_out))
+
+    def stored(
+        self, tensors: Mapping[str, TensorSource], config: OPTConfig, head: Head
+    ) -> dict[str, TensorSource]:
+        """See `Rule.stored`."""
+        rows = table(config, head)
+        found = {
+            self._name(name, rows, head): self._turned(name, rows, source)
+            for name, source in tensors.items()
+        }
+        if self.complete:
+            kind = next(iter(tensors.values())).dtype
+            for row in switched_off(config, head).values():
+                name = self.spell(row.path(self.framework), head)
+                found[name] = Constant(row.shape, kind, row.mean)
+        return found
+
+    def _name(self, name: str, rows: Mapping[str, Weight], head: Head) -> str:
+        return self.spell(rows[name].path(self.framework) if name in rows else name, head)
+
+    def _turned(self, name: str, rows: Mapping[str, Weight], source: TensorSource) -> TensorSource:
+        turned = name in rows and rows[name].transposed(self.framework)
+        return transposed(source) if turned else source
+
+    def _leaf(self, leaf: str) -> tuple[str, bool]:
+        """What the canonical layout calls a parameter, and whether it is kept turned here."""
+        for kind, words in LEAVES.items():
+            if words[self.framework] == leaf:
+                return words["torch"], kind is Kind.MATRIX and self.framework != "torch"
+        return leaf, False
+
+
+#: Hugging Face's own files, safetensors and PyTorch's: the canonical names and layout.
+HUGGING_FACE = FrameworkRule("torch")
 
 
 def canonical_name(stored: str) -> str | None:
@@ -78,12 +181,16 @@ def canonical_names(stored: Iterable[str], where: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in stored:
         canonical = canonical_name(name)
-        if canonical is None:
-            continue
-        if canonical in found:
-            raise CheckpointDamaged(
-                f"{where} holds {canonical!r} twice, as {found[canonical]!r} and as {name!r}; "
-                "remove one of them"
-            )
-        found[canonical] = name
+        if canonical is not None:
+            check_once(canonical, name, found, where)
+            found[canonical] = name
     return found
+
+
+def check_once(canonical: str, name: str, found: Mapping[str, str], where: str) -> None:
+    """Raises CheckpointDamaged when the canonical name has been `found` under another one."""
+    if canonical in found:
+        raise CheckpointDamaged(
+            f"{where} holds {canonical!r} twice, as {found[canonical]!r} and as {name!r}; "
+            "remove one of them"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
@@ -163,6 +163,20 @@ def _head(config: OPTConfig, head: Head) -> Iterator[Weight]:
         yield Weight("qa_outputs.bias", Kind.BIAS, (2,))
 
 
+def head_in(config: OPTConfig, names: Iterable[str]) -> Head:
+    """The head of a model that holds tensors of these canonical names.
+
+    Names of a head decide, then `architectures`; without either it is a language model.
+    """
+    for name in names:
+        if name.startswith("score."):
+            return Head.SEQUENCE_CLASSIFICATION
+        if name.startswith("qa_outputs."):
+            return Head.QUESTION_ANSWERING
+    named = [head for head in Head if f"OPT{head.value}" in (config.architectures or ())]
+    return named[0] if named else Head.CAUSAL_LM
+
+
 def count_parameters(config: OPTConfig, head: Head = Head.CAUSAL_LM) -> int:
     """The number of parameters; a tied head counts once."""
     return sum(row.size for row in table(config, head).values())
@@ -205,7 +219,7 @@ def fit(config: OPTConfig, head: Head, found: Mapping[str, TensorSource], *, sou
             result.new.append(name)
         else:
             faults.missing(row)
-    neutral = _switched_off(config, head) if left else {}
+    neutral = switched_off(config, head) if left else {}
     for name, tensor in left.items():
         if not (_is_other_head(name, head) or _changes_nothing(neutral.get(name), tensor)):
             faults.unexpected(name, tensor)
@@ -283,8 +297,8 @@ def _is_other_head(name: str, head: Head) -> bool:
     return name.startswith(heads[head])
 
 
-def _switched_off(config: OPTConfig, head: Head) -> dict[str, Weight]:
-    """The biases and norms that the configuration leaves out; TF files may hold them."""
+def switched_off(config: OPTConfig, head: Head) -> dict[str, Weight]:
+    """The biases and norms that the configuration leaves out; TF and Flax files hold them."""
     on = table(config.replace(enable_bias=True, layer_norm_elementwise_affine=True), head)
     return {name: on[name] for name in on.keys() - table(config, head).keys()}
 

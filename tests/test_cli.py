@@ -444,13 +444,6 @@ def test_inspect_notes_what_loading_would_warn_of(
     assert "holds no qa_outputs.weight, qa_outputs.bias: the new head starts" in shown
 
 
-@pytest.mark.parametrize("head", list(Head))
-def test_the_head_is_the_one_that_the_configuration_names(head: Head) -> None:
-    named = CONFIG.replace(architectures=["SomethingElse", f"OPT{head.value}"])
-    assert inspecting.head_of(named) is head
-    assert inspecting.head_of(CONFIG.replace(architectures=None)) is Head.CAUSAL_LM
-
-
 # --- eval --------------------------------------------------------------------------------------
 
 

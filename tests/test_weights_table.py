@@ -28,6 +28,7 @@ from opt_core.weights import (
     Weight,
     count_parameters,
     fit,
+    head_in,
     initial,
     stored_name,
     table,
@@ -441,3 +442,19 @@ def test_an_untied_head_must_be_in_the_file() -> None:
 def test_a_row_without_a_standard_deviation_is_constant() -> None:
     row = Weight("norm.weight", Kind.NORM_SCALE, (3,), mean=1.0)
     assert initial(row, np.random.default_rng(0)).tolist() == [1, 1, 1]
+
+
+# --- the head of a checkpoint ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", list(Head))
+def test_the_head_is_the_one_that_the_configuration_names(head: Head) -> None:
+    named = tiny(architectures=["SomethingElse", f"OPT{head.value}"])
+    assert head_in(named, ["model.decoder.version"]) is head
+    assert head_in(tiny(architectures=None), []) is Head.CAUSAL_LM
+
+
+@pytest.mark.parametrize("head", [Head.SEQUENCE_CLASSIFICATION, Head.QUESTION_ANSWERING])
+def test_tensors_of_a_head_count_for_more_than_the_configuration(head: Head) -> None:
+    config = tiny(architectures=["OPTForCausalLM"])
+    assert head_in(config, table(config, head)) is head

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from opt_core.checkpoint.reading import DTYPES
 from opt_core.checkpoint.tensors import Array, CheckpointNotFound, TensorSource
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_ENDING = ".index.json"
+INDEX_FILE = SINGLE_FILE + INDEX_ENDING
 
 _SHARD_NAME = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 _PARTIAL_NAME = re.compile(r"\.saving-[0-9a-f]{8}-.*\.partial")
@@ -33,6 +35,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 Source = TensorSource | Array
+S = TypeVar("S", bound=Source)
 
 
 def save(
@@ -58,14 +61,14 @@ def save(
     staging = _Staging(folder)
     with _tidied(staging):
         staging.begin()
-        shards = _named(folder, _split(tensors, limit), staging.token)
+        shards = _named(folder, shards_of(tensors, limit), staging.token)
         count = _progress(sum(map(size_of, tensors.values())), progress)
         for name, content in shards.items():
-            staging.write(name, _blocks_of_file(content, count))
+            staging.write(name, safetensors_blocks(content, count))
         for name, data in extra_files.items():
             staging.write(name, [data])
         if SINGLE_FILE not in shards:
-            staging.write(INDEX_FILE, [_index(shards)])
+            staging.write(INDEX_FILE, [index_of(shards)])
         return staging.commit(list(shards), list(extra_files))
 
 
@@ -223,9 +226,9 @@ def _check_names(tensors: Mapping[str, Source], extra_files: Mapping[str, bytes]
             raise ValueError(f"extra file {name!r}: expected a plain name that no weights have")
 
 
-def _split(tensors: Mapping[str, Source], limit: int) -> list[dict[str, Source]]:
+def shards_of(tensors: Mapping[str, S], limit: int) -> list[dict[str, S]]:
     """Shards of at most `limit` bytes, in the given order; a larger tensor has one of its own."""
-    shards: list[dict[str, Source]] = []
+    shards: list[dict[str, S]] = []
     room = 0
     for name, tensor in tensors.items():
         if not shards or size_of(tensor) > room:
@@ -251,14 +254,15 @@ def _named(
     return dict(zip(names(f"{token}-" if taken else ""), shards, strict=True))
 
 
-def _index(shards: Mapping[str, Mapping[str, Source]]) -> bytes:
+def index_of(shards: Mapping[str, Mapping[str, Source]]) -> bytes:
+    """The index of these shards, as Hugging Face writes it."""
     shard_of = {name: shard for shard, content in shards.items() for name in content}
     total = sum(size_of(tensor) for content in shards.values() for tensor in content.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _blocks_of_file(
+def safetensors_blocks(
     tensors: Mapping[str, Source], count: Callable[[int], object]
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece; laid out as the library does, byte for byte."""
@@ -273,12 +277,12 @@ def _blocks_of_file(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        for block in _blocks(tensor):
+        for block in blocks(tensor):
             yield block
             count(len(block))
 
 
-def _blocks(tensor: Source) -> Iterator[memoryview]:
+def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
     rows = tensor.shape[0] if tensor.shape else 1
     step = max(1, _BLOCK_BYTES * rows // max(1, size_of(tensor)))

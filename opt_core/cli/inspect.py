@@ -14,7 +14,7 @@ from rich.table import Table
 from opt_core.checkpoint import Checkpoint, CheckpointError, has_nan
 from opt_core.cli import sources, terminal
 from opt_core.config import OPTConfig
-from opt_core.weights import Head, count_parameters, fit
+from opt_core.weights import Head, count_parameters, fit, head_in
 
 NAME = "inspect"
 DESCRIPTION = """\
@@ -65,21 +65,17 @@ def run(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def head_of(config: OPTConfig) -> Head:
-    """The head that `architectures` names; that of a language model if it names none of ours."""
-    for name in config.architectures or ():
-        for head in Head:
-            if name == f"OPT{head.value}":
-                return head
-    return Head.CAUSAL_LM
-
-
 def _compared(config: OPTConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """What a model of this configuration would say on loading: warnings, and errors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit(config, head_of(config), checkpoint.tensors, source=str(checkpoint.path))
+            fit(
+                config,
+                head_in(config, checkpoint.tensors),
+                checkpoint.tensors,
+                source=str(checkpoint.path),
+            )
         except CheckpointError as fault:
             return [], [str(fault)]
     return [str(warning.message) for warning in caught], []
@@ -127,7 +123,7 @@ def _summary(checkpoint: Checkpoint, config: OPTConfig | None) -> list[tuple[str
         ("types", ", ".join(f"{kind} ({count})" for kind, count in types.items())),
     ]
     if config is not None:
-        head = head_of(config)
+        head = head_in(config, checkpoint.tensors)
         tied = head is Head.CAUSAL_LM and config.tie_word_embeddings
         rows += [
             ("model", f"OPT{head.value}"),

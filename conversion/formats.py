@@ -131,7 +131,13 @@ def open_checkpoint(path: str | Path, *, prefer: str | None = None) -> Checkpoin
         contents = row.read(place)
     opened = row.rule.opened(contents.tensors, str(path))
     return Checkpoint(
-        path, row.name, contents.files, opened.tensors, opened.original_names, contents.metadata
+        path,
+        row.name,
+        contents.files,
+        opened.tensors,
+        opened.original_names,
+        contents.metadata,
+        opened.left_out,
     )
 
 

@@ -29,6 +29,7 @@ from opt_core.checkpoint.tensors import (
     StoredTensor,
     TensorSource,
     has_nan,
+    is_finite,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "blocks",
     "has_nan",
     "index_of",
+    "is_finite",
     "read_index",
     "read_index_metadata",
     "read_safetensors",

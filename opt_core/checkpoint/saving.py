@@ -285,7 +285,9 @@ def safetensors_blocks(
 def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
     rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, _BLOCK_BYTES * rows // max(1, size_of(tensor)))
+    # A source may ask for larger blocks where it is costly to cut.
+    room: int = getattr(tensor, "block_bytes", _BLOCK_BYTES)
+    step = max(1, room * rows // max(1, size_of(tensor)))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows)) if step < rows else None
         if isinstance(tensor, np.ndarray | np.generic):

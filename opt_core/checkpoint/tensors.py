@@ -5,7 +5,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -264,23 +264,38 @@ class Checkpoint:
     tensors: Mapping[str, TensorSource]
     original_names: Mapping[str, str]
     metadata: Mapping[str, str]
+    #: What the files hold besides weights, such as an optimizer's state.
+    left_out: tuple[str, ...] = ()
 
 
 def has_nan(array: Array) -> bool:
-    """Whether any value is NaN; allocates nothing that grows with the array.
+    """Whether any value is NaN; allocates nothing that grows with the array."""
+    return _beyond(array, lambda largest, infinity: largest > infinity)
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no value is NaN or infinite; allocates nothing that grows with the array."""
+    return not _beyond(array, lambda largest, infinity: largest >= infinity)
+
+
+def _beyond(array: Array, test: Callable[[int, int], bool]) -> bool:
+    """Whether the largest bit pattern of either sign, beside that of infinity, passes the test.
 
     Floats of one sign, read as integers, are ordered by size, and NaN lies above infinity: the
-    largest bit pattern of either sign tells, at the speed of the memory.
+    largest pattern tells, at the speed of the memory.
     """
     if array.dtype not in _FLOATS:
         return False
     signed, unsigned = (np.dtype(f"{kind}{array.dtype.itemsize}") for kind in "iu")
-    infinities = np.array([np.inf, -np.inf], array.dtype).view(unsigned).tolist()
+    positive, negative = np.array([np.inf, -np.inf], array.dtype).view(unsigned).tolist()
     step = max(1, _PIECE_BYTES // array.dtype.itemsize)
     flat = array.reshape(-1) if array.flags.c_contiguous else None
     pieces = [array] if flat is None else (flat[i : i + step] for i in range(0, flat.size, step))
     return any(
-        int(piece.view(signed).max()) > infinities[0]
-        or int(piece.view(unsigned).max()) > infinities[1]
+        piece.size > 0
+        and (
+            test(int(piece.view(signed).max()), positive)
+            or test(int(piece.view(unsigned).max()), negative)
+        )
         for piece in pieces
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 
 from opt_core.checkpoint import Array, TensorSource
@@ -78,18 +79,19 @@ class Part:
         """The values, or those of `part` of one axis, in C order in memory of their own."""
         if part is None:
             return self.source.read(slice(self.start, self.stop), axis=self.axis)
-        first, last, _ = part.indices(self.shape[axis])
-        last = max(first, last)
+        first, last = _ends(part, self.shape[axis])
         if axis == self.axis:
             return self.source.read(slice(self.start + first, self.start + last), axis=axis)
-        whole = self.source.read(slice(first, last), axis=axis)
-        return np.ascontiguousarray(np.take(whole, range(self.start, self.stop), self.axis))
+        return self._window(self.source.read(slice(first, last), axis=axis)).copy()
 
     def map(self) -> Array:
         """The values as a view of the source's."""
-        window = [slice(None)] * len(self.source.shape)
+        return self._window(self.source.map())
+
+    def _window(self, values: Array) -> Array:
+        window = [slice(None)] * values.ndim
         window[self.axis] = slice(self.start, self.stop)
-        return self.source.map()[tuple(window)]
+        return values[tuple(window)]
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,23 @@ class Joined:
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
         """The values, or those of `part` of one axis, in C order in memory of their own."""
-        if part is None:
-            return np.concatenate([source.read() for source in self.sources], self.axis)
+        length = self.shape[axis]
+        first, last = (0, length) if part is None else _ends(part, length)
+        shape = list(self.shape)
+        shape[axis] = last - first
+        values = np.empty(shape, self.dtype)
+        place = [slice(None)] * len(shape)
         if axis != self.axis:
-            cut = [source.read(part, axis=axis) for source in self.sources]
-            return np.concatenate(cut, self.axis)
-        first, last, _ = part.indices(self.shape[axis])
-        ends = list(accumulate(source.shape[axis] for source in self.sources))
-        pieces: list[Array] = []
+            first, last = 0, self.shape[self.axis]
+        ends = accumulate(source.shape[self.axis] for source in self.sources)
         for source, end in zip(self.sources, ends, strict=True):
-            begin = end - source.shape[axis]
-            window = slice(max(first, begin) - begin, max(0, min(last, end) - begin))
-            if window.start < window.stop or not pieces:
-                pieces.append(source.read(window, axis=axis))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+            begin = end - source.shape[self.axis]
+            start, stop = max(first, begin), min(last, end)
+            if start < stop:
+                place[self.axis] = slice(start - first, stop - first)
+                cut = slice(start - begin, stop - begin) if axis == self.axis else part
+                values[tuple(place)] = source.read(cut, axis=axis)
+        return values
 
     def map(self) -> Array:
         """The values, copied: they lie in several places."""
@@ -147,13 +152,36 @@ class Cast:
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
         """The values, or those of `part` of one axis, in C order in memory of their own."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.source.read(part, axis=axis).astype(self.dtype, copy=False)
+        return rounded(self.source.read(part, axis=axis), self.dtype)
 
     def map(self) -> Array:
         """The values, copied unless the type is that of the source."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.source.map().astype(self.dtype, copy=False)
+        return rounded(self.source.map(), self.dtype)
+
+
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Each value rounded once to the nearest of a type; too large ones become infinite.
+
+    The values themselves where they are of that type.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and dtype == ml_dtypes.bfloat16:
+            values = _rounded_to_odd(values)
+        return values.astype(dtype, copy=False)
+
+
+def _rounded_to_odd(values: Array) -> Array:
+    """Double precision as single, so that rounding once more is as if only that had been done.
+
+    The bfloat16 library goes through single precision as well, but to the nearest value, and so
+    moves a value close to a middle onto it. Boldo and Melquiond, "When double rounding is odd".
+    """
+    single = values.astype(np.float32)
+    exact = single.astype(np.float64)
+    bits = single.view(np.uint32)
+    bits -= np.abs(exact) > np.abs(values)
+    bits |= exact != values
+    return single
 
 
 @dataclass(frozen=True)
@@ -168,9 +196,18 @@ class Constant:
         """The values, or those of `part` of one axis."""
         shape = list(self.shape)
         if part is not None:
-            shape[axis] = len(range(*part.indices(shape[axis])))
+            first, last = _ends(part, shape[axis])
+            shape[axis] = last - first
         return np.full(shape, self.value, self.dtype)
 
     def map(self) -> Array:
         """The values."""
         return self.read()
+
+
+def _ends(part: slice, length: int) -> tuple[int, int]:
+    """Where a part of an axis begins and ends; ValueError unless it is contiguous."""
+    start, stop, step = part.indices(length)
+    if step != 1:
+        raise ValueError(f"a part of a tensor is contiguous: expected step 1, found {step}")
+    return start, max(start, stop)

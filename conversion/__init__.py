@@ -1,20 +1,31 @@
 """Other people's checkpoint files, read and written as NumPy arrays without any framework."""
 
+from conversion.converting import Conversion, TargetExists, carry_out, convert
 from conversion.formats import FORMATS, WEIGHT_FILES, Format, format_named, open_checkpoint
+from conversion.losses import LOSSES, LossyConversion
 from conversion.names import canonical_name, canonical_names, stored_names
+from conversion.planning import Plan, plan
 from conversion.pretrained import Pretrained, open_pretrained
 from conversion.torch_file import read_torch_file
 
 __all__ = [
     "FORMATS",
+    "LOSSES",
     "WEIGHT_FILES",
+    "Conversion",
     "Format",
+    "LossyConversion",
+    "Plan",
     "Pretrained",
+    "TargetExists",
     "canonical_name",
     "canonical_names",
+    "carry_out",
+    "convert",
     "format_named",
     "open_checkpoint",
     "open_pretrained",
+    "plan",
     "read_torch_file",
     "stored_names",
 ]

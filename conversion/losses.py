@@ -1,15 +1,16 @@
-"""What a conversion may lose: found while values pass through, and stopped unless allowed by name."""
+"""What a conversion may lose: seen as values pass through, and stopped unless allowed by name."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from opt_core.checkpoint import Array, CheckpointError, TensorSource, is_finite
+from conversion.views import transposed
+from opt_core.checkpoint import Array, CheckpointError, TensorSource, block_bytes, is_finite
 
 #: The losses that can be allowed, and what each is.
 LOSSES = {
@@ -62,6 +63,15 @@ class Watched:
     def shape(self) -> tuple[int, ...]:
         """That of the source."""
         return self.source.shape
+
+    @property
+    def block_bytes(self) -> int:
+        """That of the source."""
+        return block_bytes(self.source)
+
+    def turned(self) -> TensorSource:
+        """The same with its axes exchanged."""
+        return replace(self, source=transposed(self.source))
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
         """The values, or those of `part` of one axis.

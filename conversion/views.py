@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -48,10 +48,23 @@ class Transposed:
         """The values as a view of the source's."""
         return self.source.map().T
 
+    def turned(self) -> TensorSource:
+        """The source: turned twice."""
+        return self.source
+
+
+@runtime_checkable
+class Turns(Protocol):
+    """A source that knows a better way to be turned than to copy its values."""
+
+    def turned(self) -> TensorSource:
+        """The same with its axes exchanged."""
+        ...
+
 
 def transposed(source: TensorSource) -> TensorSource:
-    """The source with its axes exchanged; turned twice it is itself."""
-    return source.source if isinstance(source, Transposed) else Transposed(source)
+    """The source with its two axes exchanged."""
+    return source.turned() if isinstance(source, Turns) else Transposed(source)
 
 
 @dataclass(frozen=True)

@@ -284,17 +284,28 @@ def safetensors_blocks(
 
 def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    # A source may ask for larger blocks where it is costly to cut.
-    room: int = getattr(tensor, "block_bytes", _BLOCK_BYTES)
-    step = max(1, room * rows // max(1, size_of(tensor)))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows)) if step < rows else None
-        if isinstance(tensor, np.ndarray | np.generic):
-            values = tensor if part is None else tensor[part]
-        else:
-            values = tensor.read(part)
+    for part in parts(tensor):
+        values = tensor[part] if isinstance(tensor, np.ndarray) else read_part(tensor, part)
         yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+def parts(*tensors: Source) -> Iterator[slice]:
+    """Parts of the first axis, to read each of these tensors of one shape in blocks."""
+    rows = tensors[0].shape[0] if tensors[0].shape else 1
+    width = max(map(size_of, tensors)) // max(1, rows)
+    step = max(1, max(map(block_bytes, tensors)) // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def read_part(tensor: TensorSource, part: slice) -> Array:
+    """A part of the first axis; of a tensor without axes all there is."""
+    return tensor.read(part) if tensor.shape else tensor.read()
+
+
+def block_bytes(tensor: Source) -> int:
+    """How many bytes to read at once: a source asks for more where it is costly to cut."""
+    return int(getattr(tensor, "block_bytes", _BLOCK_BYTES))
 
 
 def _progress(total: int, shown: bool) -> Callable[[int], object]:

@@ -1,0 +1,172 @@
+"""A folder that appears whole or not at all: built beside its place, and resumed after a kill.
+
+The pieces of `target` grow in `.target.converting/files`, each under a temporary name until it is
+complete and on the disk. When all are there, one rename puts the folder into place. A kill leaves
+the complete pieces, and the same conversion goes on behind them; another one starts afresh.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opt_core.checkpoint import write_file
+
+_JOURNAL = "journal.json"
+_LOCK = "lock"
+_PARTIAL = ".partial"
+
+
+class Staging:
+    """The unfinished folder of one conversion; `open_staging` makes it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.converting")
+        self.files = self.folder / "files"
+        self._journal: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The pieces that are complete, and what was noted of each."""
+        finished: dict[str, Any] = self._journal["finished"]
+        return finished
+
+    def begin(self, fingerprint: str) -> None:
+        """Keep what an earlier run under the same fingerprint has finished, and nothing else."""
+        self._journal = self._read_journal()
+        if self._journal.get("fingerprint") != fingerprint:
+            self._journal = {"fingerprint": fingerprint, "finished": {}}
+            _remove(self.files)
+        self.files.mkdir(exist_ok=True)
+        for entry in self.files.iterdir():
+            if entry.name not in self.finished:
+                _remove(entry)
+        kept = {name: note for name, note in self.finished.items() if (self.files / name).exists()}
+        self._journal["finished"] = kept
+        self._write_journal()
+
+    @contextmanager
+    def piece(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Where to create a piece, and a dictionary for what is to be noted of it."""
+        partial = self.files / (name + _PARTIAL)
+        note: dict[str, Any] = {}
+        try:
+            yield partial, note
+            for path in [*_files_below(partial)]:
+                _sync(path)
+            os.rename(partial, self.files / name)
+            _sync(self.files)
+        except BaseException:
+            _remove(partial)
+            raise
+        self.finished[name] = note
+        self._write_journal()
+
+    def place(self) -> None:
+        """Put the folder into place; what is there goes aside first, and then away."""
+        if os.path.lexists(self.target):
+            os.rename(self.target, _aside(self.target))
+        os.rename(self.files, self.target)
+        _sync(self.target.parent)
+        _remove(_aside(self.target))
+
+    def discard(self) -> None:
+        """Remove all of it."""
+        _remove(self.folder)
+
+    def _read_journal(self) -> dict[str, Any]:
+        try:
+            journal = json.loads((self.folder / _JOURNAL).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return journal if isinstance(journal, dict) else {}
+
+    def _write_journal(self) -> None:
+        write_file(self.folder / _JOURNAL, json.dumps(self._journal).encode())
+
+
+def restore(target: Path) -> None:
+    """Undo what a kill has left of a replacement: the old folder is back, or gone if replaced."""
+    old = _aside(target)
+    if os.path.lexists(old) and os.path.lexists(target):
+        _remove(old)
+    elif os.path.lexists(old):
+        os.rename(old, target)
+
+
+def _aside(target: Path) -> Path:
+    """The name under which a replaced folder waits for its successor."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+@contextmanager
+def open_staging(target: Path) -> Iterator[Staging]:
+    """The staging of a target, which no other process has at the same time.
+
+    Leaves it in place when it holds finished pieces and the conversion fails. Raises OSError when
+    another conversion into the same target is running, or the folder cannot be made.
+    """
+    staging = Staging(target)
+    staging.folder.mkdir(parents=True, exist_ok=True)
+    with (staging.folder / _LOCK).open("w") as lock:
+        _take(lock.fileno(), target)
+        try:
+            yield staging
+        except BaseException as error:
+            kept = staging._journal.get("finished")
+            if not kept:
+                staging.discard()
+            else:
+                error.add_note(
+                    f"{len(kept)} finished files are kept in {staging.folder}: the same command "
+                    "goes on from there; remove the folder if it is not wanted"
+                )
+            raise
+        staging.discard()
+
+
+def _take(lock: int, target: Path) -> None:
+    """The system gives a lock back when its process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: two runs at once are the user's to avoid
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        message = f"another conversion into {target} is running"
+        raise OSError(errno.EBUSY, message) from fault
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        for folder, _, names in os.walk(path, topdown=False):
+            yield from (Path(folder, name) for name in names)
+            yield Path(folder)
+    else:
+        yield path
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, outlast a loss of power."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

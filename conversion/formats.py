@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conversion.names import HUGGING_FACE, Rule
 from conversion.pieces import Count, Piece, Tensors, sharded
-from conversion.torch_file import LEGACY_START, ZIP_START, read_torch_file
+from conversion.torch_file import LEGACY_START, ZIP_START, read_torch_file, write_torch_file
 from opt_core.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -96,7 +96,7 @@ FORMATS = (
         read=lambda path: Contents(read_torch_file(path), (path,)),
         rule=HUGGING_FACE,
         pieces=lambda tensors, limit: sharded(
-            "pytorch_model.bin", tensors, limit, _write_safetensors
+            "pytorch_model.bin", tensors, limit, write_torch_file
         ),
     ),
 )

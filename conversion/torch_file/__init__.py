@@ -1,26 +1,40 @@
-"""PyTorch's `.bin` and `.pt` files, read without PyTorch: both layouts, nothing in them is run.
+"""PyTorch's `.bin` and `.pt` files without PyTorch: both layouts are read, nothing in them is run.
 
 A file is a zip archive (PyTorch 1.6 and later) with a pickle and one entry a storage, or the older
 layout: a few pickles one after another, then the storages.
 """
 
+from __future__ import annotations
+
 import io
 import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from conversion.torch_file.foreign import Foreign, ForeignClass
 from conversion.torch_file.pickles import Pickles
 from conversion.torch_file.values import NAMES, Storage, Storages, View
+from conversion.torch_file.writing import write_torch_file
 from opt_core.checkpoint import CheckpointDamaged, CheckpointNotFound, StoredFile, StoredTensor
+
+if TYPE_CHECKING:
+    import zipfile
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_STORED = 0  # a zip entry's bytes as they are
 
-__all__ = ["LEGACY_START", "ZIP_START", "read_torch_file"]
+__all__ = [
+    "LEGACY_START",
+    "ZIP_START",
+    "read_object",
+    "read_torch_file",
+    "tensors_of",
+    "write_torch_file",
+]
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -29,10 +43,14 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointUnsafe for anything but tensors and what holds them, CheckpointDamaged for a
     file that is cut short or holds no state dict, CheckpointNotFound for none.
     """
-    file, content = read_object(Path(path))
+    return tensors_of(*read_object(Path(path)))
+
+
+def tensors_of(file: StoredFile, content: object) -> dict[str, StoredTensor]:
+    """The tensors of a state dict that `read_object` found in a file."""
     if not isinstance(content, dict):
         raise CheckpointDamaged(
-            f"{file.path} holds a {type(content).__name__}, expected a state dict of tensors"
+            f"{file.path} holds {_described(content)}, expected a state dict of tensors"
         )
     return {_name(file, key): _tensor(file, key, value) for key, value in content.items()}
 
@@ -64,15 +82,23 @@ def _name(file: StoredFile, key: object) -> str:
 def _tensor(file: StoredFile, key: str, value: object) -> StoredTensor:
     if isinstance(value, View):
         return value.stored(file, key)
-    inside = f" of {len(value)} entries" if isinstance(value, dict) else ""
     raise CheckpointDamaged(
-        f"{file.path}: entry {key!r} is no tensor but a {type(value).__name__}{inside}; expected "
-        "a state dict, as torch.save(model.state_dict(), path) writes it"
+        f"{file.path}: entry {key!r} is no tensor but {_described(value)}; expected a state dict, "
+        "as torch.save(model.state_dict(), path) writes it"
     )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Foreign | ForeignClass):
+        return f"a {value.name}"
+    inside = f" of {len(value)} entries" if isinstance(value, dict) else ""
+    return f"a {type(value).__name__}{inside}"
 
 
 def _read_zip(file: StoredFile, handle: BinaryIO) -> object:
     """The pickle of a zip archive; its storages are entries of their own."""
+    import zipfile  # only here: it takes longer to import than a small model to load
+
     try:
         archive = zipfile.ZipFile(handle)
         entries = {info.filename: info for info in archive.infolist()}
@@ -119,7 +145,7 @@ def _check_byte_order(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo
 
 def _entry_offset(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin; CheckpointDamaged unless they lie there as they are."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+    if entry.compress_type != _STORED or entry.flag_bits & 1:
         raise CheckpointDamaged(
             f"{file.path}: entry {entry.filename!r} is compressed or encrypted; PyTorch writes "
             "plain entries. Unpack the archive and save the checkpoint again"

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from conversion.torch_file.foreign import Foreign, ForeignClass
 from opt_core.checkpoint import CheckpointDamaged, CheckpointError, CheckpointUnsafe
 
-_MOST_STEPS = 4_000_000  # a tensor takes about 60
+_MOST_STEPS = 1_000_000  # a tensor takes about 60
 _LONGEST_TEXT = 1 << 20  # bytes; a tensor's name has a few dozen
 
 # Instructions that build objects of classes, or read from outside the pickle.
-_UNSAFE = {b"i": "INST", b"o": "OBJ", b"P": "PERSID", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX"}
+_UNSAFE = {b"i": "INST", b"o": "OBJ", b"P": "PERSID", b"\x92": "NEWOBJ_EX"}
 _UNSAFE |= {b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4", b"\x97": "NEXT_BUFFER"}
 
 
@@ -116,11 +117,14 @@ class _Machine:
 
     def refuse(self, code: bytes) -> None:
         if code in _UNSAFE:
-            raise CheckpointUnsafe(
-                f"{self.source.path} uses the pickle instruction {_UNSAFE[code]}, "
-                "which can run code and which no state dict needs; nothing was run"
-            )
+            self.refuse_instruction(_UNSAFE[code])
         raise ValueError(f"{code!r} is no instruction of a state dict")
+
+    def refuse_instruction(self, name: str) -> None:
+        raise CheckpointUnsafe(
+            f"{self.source.path} uses the pickle instruction {name}, which can run code and which "
+            "no state dict needs; nothing was run"
+        )
 
     def number(self, form: str) -> int:
         (value,) = struct.unpack(form, self.source.take(struct.calcsize(form)))
@@ -158,19 +162,21 @@ class _Machine:
 
     def extend(self, items: list[object]) -> None:
         target = self.stack[-1]
-        if not isinstance(target, list):
+        room = target.items if isinstance(target, Foreign) else target
+        if not isinstance(room, list):
             raise ValueError(f"it appends to a {type(target).__name__}")
-        target.extend(items)
+        room.extend(items)
 
     def update(self, items: list[object]) -> None:
         target = self.stack[-1]
-        if not isinstance(target, dict):
+        room = target.entries if isinstance(target, Foreign) else target
+        if not isinstance(room, dict):
             raise ValueError(f"it sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Tuples nested in one another would take for ever to hash.
             if not isinstance(key, str | int):
                 raise ValueError(f"a key is a {type(key).__name__}, expected text or a number")
-            target[key] = value
+            room[key] = value
 
     def pop_two(self) -> list[object]:
         value, key = self.stack.pop(), self.stack.pop()
@@ -193,6 +199,9 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments, maker = self.stack.pop(), self.stack.pop()
+        if isinstance(maker, ForeignClass) and isinstance(arguments, tuple):
+            self.stack.append(Foreign(maker.name, arguments))
+            return
         if not isinstance(maker, Maker) or not isinstance(arguments, tuple):
             raise CheckpointUnsafe(
                 f"{self.source.path} calls a {type(maker).__name__}, which no state dict needs; "
@@ -200,10 +209,18 @@ class _Machine:
             )
         self.stack.append(maker.make(*arguments))
 
+    def new_object(self) -> None:
+        """An object of a class: only a stand-in is made, of the classes that have one."""
+        if len(self.stack) < 2 or not isinstance(self.stack[-2], ForeignClass):
+            self.refuse_instruction("NEWOBJ")
+        self.reduce()
+
     def build(self) -> None:
-        """Attributes, as `_metadata` of a state dict: read past, never set."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
+        """Attributes, as `_metadata` of a state dict: read past, but kept by a stand-in."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Foreign):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], dict):
             raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}")
 
     def push_persistent(self) -> None:
@@ -250,6 +267,7 @@ _STEPS: dict[bytes, Callable[[_Machine], None]] = {
     b"c": lambda m: m.push_global(f"{m.source.line()}.{m.source.line()}"),
     b"\x93": _Machine.push_global_from_stack,
     b"R": _Machine.reduce,
+    b"\x81": _Machine.new_object,
     b"b": _Machine.build,
     b"Q": _Machine.push_persistent,
     b"q": lambda m: m.put(m.number("<B")),

@@ -7,13 +7,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from conversion.torch_file.foreign import FOREIGN
 from conversion.torch_file.pickles import Maker
 from opt_core.checkpoint import CheckpointDamaged, StoredFile, StoredTensor
 
 _MOST_AXES = 64  # as many as NumPy knows
 
 # PyTorch's word for a type in the names of its storage classes.
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "Double": np.dtype(np.float64),
     "Float": np.dtype(np.float32),
     "Half": np.dtype(np.float16),
@@ -172,6 +173,7 @@ NAMES: dict[str, object] = {
     "torch._utils._rebuild_parameter": Maker(_parameter),
     "torch.storage.UntypedStorage": StorageType(None),
     "torch.UntypedStorage": StorageType(None),
+    **FOREIGN,
 }
-NAMES |= {f"torch.{word}Storage": StorageType(dtype) for word, dtype in _STORAGE_DTYPES.items()}
-NAMES |= {f"torch.{dtype.name}": dtype for dtype in [*_STORAGE_DTYPES.values(), *_NEW_DTYPES]}
+NAMES |= {f"torch.{word}Storage": StorageType(dtype) for word, dtype in STORAGE_DTYPES.items()}
+NAMES |= {f"torch.{dtype.name}": dtype for dtype in [*STORAGE_DTYPES.values(), *_NEW_DTYPES]}

@@ -1,0 +1,127 @@
+"""Files as `torch.save` writes them, made without PyTorch and block by block."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from conversion.torch_file.values import STORAGE_DTYPES
+from opt_core.checkpoint import TensorSource, blocks, size_of
+
+if TYPE_CHECKING:
+    import zipfile
+
+_FOLDER = "archive"  # everything in an archive of PyTorch's lies in one folder
+_ALIGNMENT = 64  # bytes; where PyTorch begins a storage, so that it can be mapped
+_ENTRY_BYTES = 30  # of the header before an entry, without its name and extra fields
+_LARGE_BYTES = 20  # of the extra field with the sizes of an entry beyond 4 GiB
+_WORDS = {dtype: word for word, dtype in STORAGE_DTYPES.items()}
+# The oldest date that a zip archive knows: files of equal tensors are equal.
+_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def write_torch_file(
+    path: Path,
+    tensors: Mapping[str, TensorSource],
+    count: Callable[[int], object],
+    *,
+    within: str | None = None,
+) -> None:
+    """Writes a state dict that `torch.load` reads, also with `weights_only` and `mmap`.
+
+    With `within`, the state dict is the one entry of that name in a dict. `count` is told the
+    bytes of tensors that have just been written. Raises ValueError for a type that PyTorch has no
+    storage for.
+    """
+    import zipfile  # only here: it takes longer to import than a small model to load
+
+    pickled = b"".join(_pickle(tensors, within))
+    with path.open("xb") as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as archive:
+        _write(archive, handle, "data.pkl", len(pickled), [pickled])
+        _write(archive, handle, "byteorder", 6, [b"little"])
+        for number, tensor in enumerate(tensors.values()):
+            counted = _counted(blocks(tensor), count)
+            _write(archive, handle, f"data/{number}", size_of(tensor), counted)
+        _write(archive, handle, "version", 2, [b"3\n"])
+
+
+def _counted(
+    parts: Iterator[memoryview], count: Callable[[int], object]
+) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        yield part
+        count(len(part))
+
+
+def _write(
+    archive: zipfile.ZipFile,
+    handle: BinaryIO,
+    name: str,
+    size: int,
+    parts: Iterator[memoryview | bytes] | list[bytes],
+) -> None:
+    """One entry of `size` bytes, which begin at a multiple of the alignment."""
+    import zipfile
+
+    info = zipfile.ZipInfo(f"{_FOLDER}/{name}", _DATE)
+    info.file_size = size
+    is_large = size * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides
+    start = handle.tell() + _ENTRY_BYTES + len(info.filename) + is_large * _LARGE_BYTES
+    # An extra field has four bytes of its own; PyTorch calls this one FB, too.
+    padding = (-start - 4) % _ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    with archive.open(info, "w", force_zip64=is_large) as entry:
+        for part in parts:
+            entry.write(part)
+
+
+def _pickle(tensors: Mapping[str, TensorSource], within: str | None) -> Iterator[bytes]:
+    yield b"\x80\x02"  # protocol 2, as PyTorch
+    if within is not None:
+        yield b"}" + _text(within)
+    yield b"ccollections\nOrderedDict\n)R("
+    for number, (name, tensor) in enumerate(tensors.items()):
+        yield _text(name) + _tensor(number, tensor)
+    yield b"us." if within is not None else b"u."
+
+
+def _tensor(number: int, tensor: TensorSource) -> bytes:
+    """A call of `_rebuild_tensor_v2(storage, offset, shape, strides, grad, hooks)`."""
+    if tensor.dtype not in _WORDS:
+        raise ValueError(
+            f"PyTorch's files hold no tensors of type {tensor.dtype}; known are "
+            f"{', '.join(map(str, _WORDS))}"
+        )
+    shape = tensor.shape
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    storage = (
+        b"("
+        + _text("storage")
+        + f"ctorch\n{_WORDS[tensor.dtype]}Storage\n".encode()
+        + _text(str(number))
+        + _text("cpu")
+        + _number(math.prod(shape))
+        + b"tQ"
+    )
+    view = b"K\x00" + _numbers(shape) + _numbers(strides)
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"\x89" + hooks + b"tR"
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _number(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    data = value.to_bytes(9, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _numbers(values: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(_number, values)) + b"t"

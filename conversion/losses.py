@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.views import transposed
+from conversion.views import rounded, transposed
 from opt_core.checkpoint import Array, CheckpointError, TensorSource, block_bytes, is_finite
 
 #: The losses that can be allowed, and what each is.
@@ -92,8 +92,7 @@ class Watched:
             self.losses.note("not-finite", self.name, count, said)
         if values.dtype == self.dtype:
             return values
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            cast = values.astype(self.dtype)
+        cast = rounded(values, self.dtype)
         if not is_finite(cast):
             lost = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(cast)))
             largest = float(np.max(np.abs(values[np.isfinite(values)]), initial=0))

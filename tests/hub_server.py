@@ -204,7 +204,10 @@ def tell(value: object) -> Answer:
 
 def information(server: Server, request: Request, name: str, revision: str = "main") -> Answer:
     repository, commit = find(server, request, name, revision)
-    files = [{"rfilename": file} for file in repository.commits[commit]]
+    files: list[dict[str, object]] = [{"rfilename": file} for file in repository.commits[commit]]
+    if "blobs=" in request.query.lower():
+        for entry, data in zip(files, repository.commits[commit].values(), strict=True):
+            entry |= {"size": len(data)}
     return tell({"id": name, "sha": commit, "siblings": files})
 
 

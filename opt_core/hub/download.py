@@ -3,12 +3,14 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from opt_core.hub.errors import HubOffline, IndexDamaged, IndexUnsafe, SourceMissing
 from opt_core.hub.places import WEIGHTS_SUFFIXES, Asked, Cache, Hub, Place
+
+_Before = Callable[[Mapping[str, int]], object]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def resolve(
     local_files_only: bool = False,
     force_download: bool = False,
     subfolder: str = "",
+    before: _Before | None = None,
 ) -> Path:
     """Returns the local file or folder that `source` stands for, fetching from the hub if need be.
 
@@ -39,6 +42,9 @@ def resolve(
     id. Of a repository come all `files`, what exists of `optional`, and the first alternative of
     `one_of` whose first name exists, with its shards if that is an `.index.json`; nothing else.
     A hub that does not answer is replaced by the cache, with a warning.
+
+    `before` is told what will be downloaded, bytes by file, and may raise to stop that. (An index
+    is fetched first, since it says which shards there are.)
 
     Raises:
         HubError: its kind says what is wrong.
@@ -53,7 +59,7 @@ def resolve(
         [[asked.path(name) for name in alternative] for alternative in one_of],
     )
     local = _local(source, asked.subfolder)
-    return local if local is not None else _fetched(asked, wanted, local_files_only)
+    return local if local is not None else _fetched(asked, wanted, local_files_only, before)
 
 
 def _local(source: str | os.PathLike[str], subfolder: str) -> Path | None:
@@ -99,7 +105,7 @@ def repo_id_fault(name: str) -> ValueError | None:
     return None
 
 
-def _fetched(asked: Asked, wanted: _Wanted, local_files_only: bool) -> Path:
+def _fetched(asked: Asked, wanted: _Wanted, local_files_only: bool, before: _Before | None) -> Path:
     if not (wanted.files or wanted.optional or wanted.one_of):
         raise ValueError(f"nothing is asked of {asked}: name files=, optional= or one_of=")
     if asked.force_download and local_files_only:
@@ -110,12 +116,12 @@ def _fetched(asked: Asked, wanted: _Wanted, local_files_only: bool) -> Path:
         place = Cache(asked, "local_files_only=True forbids asking the hub", None)
     else:
         try:
-            place = Hub(asked)
+            place = Hub(asked, sizes=before is not None)
         except HubOffline as error:
             if asked.force_download:
                 raise
             place, warning = Cache(asked, str(error), error), _warning(asked, error)
-    snapshot = _taken(place, asked, wanted)
+    snapshot = _taken(place, asked, wanted, before)
     if warning:
         warnings.warn(warning, stacklevel=3)
     return snapshot / asked.subfolder
@@ -132,7 +138,7 @@ def _warning(asked: Asked, error: HubOffline) -> str | None:
     )
 
 
-def _taken(place: Place, asked: Asked, wanted: _Wanted) -> Path:
+def _taken(place: Place, asked: Asked, wanted: _Wanted, before: _Before | None) -> Path:
     """The snapshot, with every wanted file in it."""
     chosen = next((list(names) for names in wanted.one_of if place.has(names[0])), [])
     names = [*wanted.files, *chosen, *filter(place.has, wanted.optional)]
@@ -141,14 +147,15 @@ def _taken(place: Place, asked: Asked, wanted: _Wanted) -> Path:
         absent.append("every one of " + ", ".join(names[0] for names in wanted.one_of))
     if absent or not names:
         raise place.missing(absent or wanted.optional)
-    snapshot = place.fetch(list(dict.fromkeys(names)))
     if chosen and chosen[0].endswith(".index.json"):
-        shards = _shards(snapshot, chosen[0], asked)
+        shards = _shards(place.fetch(chosen), chosen[0], asked)
         absent = [name for name in shards if not place.has(name)]
         if absent:
             raise place.missing(absent)
-        place.fetch(shards)
-    return snapshot
+        names += shards
+    if before is not None:
+        before(place.sizes(names))
+    return place.fetch(list(dict.fromkeys(names)))
 
 
 def _shards(snapshot: Path, index: str, asked: Asked) -> list[str]:

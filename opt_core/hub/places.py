@@ -62,6 +62,9 @@ class Place(Protocol):
     def fetch(self, names: Sequence[str]) -> Path:
         """Makes files that are there local, and returns the folder of the snapshot."""
 
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of those files that `fetch` would download."""
+
     def missing(self, names: Sequence[str]) -> HubError:
         """The error to raise where files are not there."""
 
@@ -69,8 +72,11 @@ class Place(Protocol):
 class Hub:
     """The files of one commit of a repository, fetched into the cache."""
 
-    def __init__(self, asked: Asked) -> None:
-        """Asks for the commit and the names of its files: one request, one timeout, no retry."""
+    def __init__(self, asked: Asked, *, sizes: bool = False) -> None:
+        """Asks for the commit and the names of its files: one request, one timeout, no retry.
+
+        With `sizes`, asks for these as well.
+        """
         from huggingface_hub import HfApi, constants
 
         self._asked = asked
@@ -78,9 +84,12 @@ class Hub:
         try:
             with translated(asked):
                 told = api.model_info(
-                    asked.repo, revision=asked.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+                    asked.repo,
+                    revision=asked.revision,
+                    timeout=constants.HF_HUB_ETAG_TIMEOUT,
+                    files_metadata=sizes,
                 )
-                self._files = {str(sibling.rfilename) for sibling in told.siblings or ()}
+                self._files = {str(s.rfilename): s.size or 0 for s in told.siblings or ()}
                 self._commit = str(told.sha)
         except HubError as error:
             # A captive portal, or a wrong HF_ENDPOINT, answers every question with some page.
@@ -110,6 +119,15 @@ class Hub:
                 snapshot = self._download(name)
                 bar.update(name in waiting)
         return snapshot
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of those files that the cache lacks."""
+        asked = self._asked
+        return {
+            name: self._files[name]
+            for name in names
+            if asked.force_download or not cached(asked, name, self._commit)
+        }
 
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -163,6 +181,10 @@ class Cache:
         path = cached(self._asked, names[0], self._asked.revision)
         assert path is not None
         return _snapshot(path, names[0])
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Nothing is downloaded."""
+        return {}
 
     def missing(self, names: Sequence[str]) -> HubError:
         """Says both what keeps us from the hub and what the cache lacks."""

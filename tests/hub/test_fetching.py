@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,45 @@ print(hub.resolve("{OPT}", files=["config.json"], one_of={ONE_OF}))
     assert server.requests[0].token == "from-environment"
     offline = server.run(tmp_path / "other", code, HF_HUB_OFFLINE="1")
     assert offline.stdout == done.stdout
+
+
+def test_what_will_be_downloaded_is_told_before_it_is(server: Server) -> None:
+    told: list[dict[str, int]] = []
+
+    def before(sizes: Mapping[str, int]) -> None:
+        assert server.fetched() == []
+        told.append(dict(sizes))
+
+    def resolve() -> None:
+        hub.resolve(OPT, files=["config.json"], one_of=ONE_OF, before=before)
+
+    resolve()
+    assert told == [{name: len(FILES[name]) for name in ("config.json", "model.safetensors")}]
+    server.requests.clear()
+    resolve()
+    assert told[1] == {}  # the cache has them all
+
+
+def test_who_is_told_may_stop_the_download(server: Server) -> None:
+    def before(sizes: Mapping[str, int]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve("facebook/opt-1.3b", one_of=ONE_OF, before=before)
+    assert server.fetched() == ["model.safetensors.index.json"]
+
+
+def test_the_sizes_of_shards_are_told(server: Server) -> None:
+    told: dict[str, int] = {}
+    hub.resolve("facebook/opt-1.3b", files=["config.json"], one_of=ONE_OF, before=told.update)
+    shards = ("part-1.safetensors", "part-2.safetensors")
+    assert told == {name: len(SHARDED[name]) for name in ("config.json", *shards)}
+
+
+def test_a_copy_in_the_cache_is_nothing_to_download(server: Server) -> None:
+    hub.resolve(OPT, files=["config.json"])
+    told = [{"never": 1}]
+    hub.resolve(
+        OPT, files=["config.json"], local_files_only=True, before=lambda s: told.append({**s})
+    )
+    assert told[1:] == [{}]

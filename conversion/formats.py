@@ -22,6 +22,8 @@ from opt_core.checkpoint import (
     safetensors_blocks,
 )
 from opt_core.checkpoint.saving import INDEX_ENDING
+from opt_core.config import OPTConfig
+from opt_core.weights import Head
 
 _START_BYTES = 32
 
@@ -52,8 +54,9 @@ class Format:
     #: Opens one file or folder, reading no tensor.
     read: Callable[[Path], Contents]
     rule: Rule
-    #: The pieces of a checkpoint, given stored tensors and the largest size of a shard in bytes.
-    pieces: Callable[[Tensors, int], list[Piece]]
+    #: The pieces of a checkpoint, given stored tensors, the largest size of a shard in bytes, and
+    #: what model they are of.
+    pieces: Callable[[Tensors, int, OPTConfig, Head], list[Piece]]
     #: The extra that must be installed to read or write it.
     extra: str | None = None
 
@@ -83,7 +86,7 @@ FORMATS = (
         recognises=lambda path, start: start[8:9] == b"{",
         read=_read_safetensors,
         rule=HUGGING_FACE,
-        pieces=lambda tensors, limit: sharded(
+        pieces=lambda tensors, limit, *_: sharded(
             "model.safetensors", tensors, limit, _write_safetensors
         ),
     ),
@@ -95,7 +98,7 @@ FORMATS = (
         recognises=lambda path, start: start.startswith((ZIP_START, LEGACY_START)),
         read=lambda path: Contents(read_torch_file(path), (path,)),
         rule=HUGGING_FACE,
-        pieces=lambda tensors, limit: sharded(
+        pieces=lambda tensors, limit, *_: sharded(
             "pytorch_model.bin", tensors, limit, write_torch_file
         ),
     ),

@@ -121,7 +121,7 @@ def plan(
     )
     stored = row.rule.stored(tensors, written, head)
     pieces = [
-        *row.pieces(stored, limit),
+        *row.pieces(stored, limit, written, head),
         text(CONFIG_FILE, written.to_json_string().encode()),
         *(
             text(name, (beside / name).read_bytes())

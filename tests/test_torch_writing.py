@@ -166,7 +166,8 @@ def test_a_written_checkpoint_reads_back_bit_for_bit(
     config, row = tiny(**SWITCHES[switch]), format_named("pytorch")
     seed = data.draw(st.integers(0, 99))
     weights = {k: v.astype(dtype) for k, v in random_weights(config, head, seed).items()}
-    for piece in row.pieces(row.rule.stored(held(weights), config, head), limit):
+    stored = row.rule.stored(held(weights), config, head)
+    for piece in row.pieces(stored, limit, config, head):
         piece.make(folder / piece.name, nothing)
     is_sharded = limit < sum(values.nbytes for values in weights.values())
     assert (folder / "pytorch_model.bin.index.json").exists() == is_sharded

@@ -1,12 +1,13 @@
 """Other people's checkpoint files, read and written as NumPy arrays without any framework."""
 
-from conversion.converting import Conversion, TargetExists, carry_out, convert
+from conversion.converting import Conversion, TargetExists, carry_out, check_target, convert
 from conversion.formats import FORMATS, WEIGHT_FILES, Format, format_named, open_checkpoint
 from conversion.losses import LOSSES, LossyConversion
 from conversion.names import canonical_name, canonical_names, stored_names
 from conversion.planning import Plan, plan
 from conversion.pretrained import Pretrained, open_pretrained
 from conversion.torch_file import read_torch_file
+from conversion.verifying import Verification, verify
 
 __all__ = [
     "FORMATS",
@@ -18,9 +19,11 @@ __all__ = [
     "Plan",
     "Pretrained",
     "TargetExists",
+    "Verification",
     "canonical_name",
     "canonical_names",
     "carry_out",
+    "check_target",
     "convert",
     "format_named",
     "open_checkpoint",
@@ -28,4 +31,5 @@ __all__ = [
     "plan",
     "read_torch_file",
     "stored_names",
+    "verify",
 ]

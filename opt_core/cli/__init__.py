@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from opt_core.cli import demo, eval, generate, inspect
+from opt_core.cli import convert, demo, eval, generate, inspect
 from opt_core.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -21,6 +21,7 @@ examples:
   optlm generate tiny-opt --prompt "ROMEO:" --temperature 0.8 --seed 1
   optlm generate facebook/opt-125m --prompt "Once upon a time" --max-new-tokens 40
   optlm inspect path/to/folder
+  optlm convert facebook/opt-1.3b opt-1.3b-flax --to flax
   optlm eval tiny-opt --text book.txt
 
 A CHECKPOINT is a folder, a file of weights, an index, a repository of the hub such as
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _warnings_in_one_line():
             return int(options.run(options))
-    except KeyboardInterrupt:
-        print("\noptlm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("\noptlm: interrupted", *_notes(stop), sep="\n", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Who reads has gone. What Python flushes at exit must not fail once more.
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         else:
-            print(f"optlm: {_said(error)}", file=sys.stderr)
+            print(f"optlm: {_said(error)}", *_notes(error), sep="\n", file=sys.stderr)
         return FAILED
 
 
@@ -58,13 +59,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line: every subcommand with its options."""
     whole = argparse.ArgumentParser(
         prog="optlm",
-        description="Meta's OPT language models: generate, inspect, evaluate.",
+        description="Meta's OPT language models: generate, inspect, convert, evaluate.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"optlm {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, inspect, eval):
+    for command in (demo, generate, inspect, convert, eval):
         summary, _, _ = command.DESCRIPTION.partition("\n")
         one = commands.add_parser(
             command.NAME,
@@ -85,6 +86,11 @@ def _said(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text or 'no more is known'} (--debug shows where)"
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What has been added to an error on its way, such as what to do next."""
+    return list(getattr(error, "__notes__", ()))
 
 
 @contextmanager

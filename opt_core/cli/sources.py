@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument("--subfolder", default="", help="folder inside the folder or repository")
+    _add_local_files_only(parser)
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Two checkpoints, A and B, each as CHECKPOINT."""
+    for letter in "ab":
+        parser.add_argument(
+            letter,
+            metavar=letter.upper(),
+            help=f"a folder, a file, a repository of the hub, or {SHIPPED}",
+        )
+    for letter in "ab":
+        side = letter.upper()
+        parser.add_argument(
+            f"--revision-{letter}",
+            metavar="REVISION",
+            help=f"branch, tag or commit of {side}, if that is a repository",
+        )
+    _add_local_files_only(parser)
+
+
+def _add_local_files_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--local-files-only",
         action="store_true",
@@ -29,23 +52,52 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def locate(options: argparse.Namespace) -> Path:
+def locate(
+    options: argparse.Namespace,
+    *,
+    companions: Sequence[str] = (),
+    before: Callable[[Mapping[str, int]], object] | None = None,
+) -> Path:
     """The local folder or file that holds the weights, fetched from the hub if need be.
+
+    Of a repository come `companions` too, if it has them; `before` is told what will be
+    downloaded, bytes by file.
 
     Raises:
         HubError: there is no such path, or the repository cannot be read.
     """
+    hub_options = _hub_options(options)
+    return _located(_source(options.checkpoint), companions, before=before, **hub_options)
+
+
+def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
+    """As `locate`, of A and B, with the files of their tokenizers.
+
+    Raises:
+        HubError: there is no such path, or the repository cannot be read.
+    """
+    from conversion.verifying import COMPANIONS
+
+    only = options.local_files_only
+    a, b = (
+        _located(_source(named), COMPANIONS, revision=revision, local_files_only=only)
+        for named, revision in ((options.a, options.revision_a), (options.b, options.revision_b))
+    )
+    return a, b
+
+
+def _located(source: str | Path, optional: Sequence[str], **hub_options: Any) -> Path:
     from conversion import WEIGHT_FILES
     from opt_core import hub
     from opt_core.config import CONFIG_FILE
     from opt_core.generation import GENERATION_FILE
 
     return hub.resolve(
-        _source(options),
+        source,
         files=[CONFIG_FILE],
-        optional=[GENERATION_FILE],
+        optional=list(dict.fromkeys([GENERATION_FILE, *optional])),
         one_of=WEIGHT_FILES,
-        **_hub_options(options),
+        **hub_options,
     )
 
 
@@ -58,11 +110,10 @@ def tokenizer(options: argparse.Namespace) -> OPTTokenizer:
     """
     from opt_core.tokenizer import OPTTokenizer
 
-    return OPTTokenizer.from_pretrained(_source(options), **_hub_options(options))
+    return OPTTokenizer.from_pretrained(_source(options.checkpoint), **_hub_options(options))
 
 
-def _source(options: argparse.Namespace) -> str | Path:
-    named: str = options.checkpoint
+def _source(named: str) -> str | Path:
     if named != SHIPPED or Path(named).exists():
         return named
     from opt_core.assets import TINY_OPT

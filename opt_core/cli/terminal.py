@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -60,12 +69,15 @@ def size(count: int) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Progress]:
-    """A progress display on standard error, hidden where that is no terminal."""
+def progress(title: str, *counted: ProgressColumn) -> Iterator[Progress]:
+    """A progress display on standard error, hidden where that is no terminal.
+
+    `counted` shows how much is done; without it, how many of how many.
+    """
     with Progress(
         TextColumn(title),
         BarColumn(),
-        MofNCompleteColumn(),
+        *(counted or (MofNCompleteColumn(),)),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
@@ -74,10 +86,35 @@ def progress(title: str) -> Iterator[Progress]:
         yield shown
 
 
+@contextmanager
+def bytes_counted(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar for `total` bytes; gives what is to be told of every number that is done."""
+    with progress(title, DownloadColumn(), TransferSpeedColumn()) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda done: shown.advance(task, done)
+
+
 def tracked(title: str, items: Sequence[T]) -> Iterator[T]:
     """The items, with a progress bar for how many of them are done."""
     with progress(title) as shown:
         yield from shown.track(items)
+
+
+@contextmanager
+def bytes_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with every number of bytes done, which moves a bar on standard error."""
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as shown:
+        task = shown.add_task(title, total=total)
+        yield lambda count: shown.advance(task, count)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from typing import Any
 
 from conversion.comparing import Comparison, Count, Result, checksum, compare, holds_only
 from conversion.formats import open_checkpoint
+from conversion.planning import COMPANIONS
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_of
 from opt_core.config import OPTConfig
 from opt_core.config.files import config_path, read_json
-from opt_core.generation import GENERATION_FILE
 from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME, head_in, switched_off
 
 #: Fields of a configuration that say where it comes from, not what the model is.
@@ -29,11 +29,6 @@ INFORMATIONAL = frozenset(
         *("dtype", "torch_dtype"),
         *("name_or_path", "_name_or_path"),
     }
-)
-#: Files beside the weights that are compared too.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", GENERATION_FILE),
 )
 _READ_WHOLE = 64 * 1024 * 1024
 

@@ -76,7 +76,7 @@ def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
     Raises:
         HubError: there is no such path, or the repository cannot be read.
     """
-    from conversion.verifying import COMPANIONS
+    from conversion.planning import COMPANIONS
 
     only = options.local_files_only
     a, b = (

@@ -16,7 +16,6 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -69,29 +68,18 @@ def size(count: int) -> str:
 
 
 @contextmanager
-def progress(title: str, *counted: ProgressColumn) -> Iterator[Progress]:
-    """A progress display on standard error, hidden where that is no terminal.
-
-    `counted` shows how much is done; without it, how many of how many.
-    """
+def progress(title: str) -> Iterator[Progress]:
+    """A progress display on standard error, hidden where that is no terminal."""
     with Progress(
         TextColumn(title),
         BarColumn(),
-        *(counted or (MofNCompleteColumn(),)),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
         transient=True,
     ) as shown:
         yield shown
-
-
-@contextmanager
-def bytes_counted(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar for `total` bytes; gives what is to be told of every number that is done."""
-    with progress(title, DownloadColumn(), TransferSpeedColumn()) as shown:
-        task = shown.add_task("", total=total)
-        yield lambda done: shown.advance(task, done)
 
 
 def tracked(title: str, items: Sequence[T]) -> Iterator[T]:

@@ -6,8 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conversion.flax_file import (
+    OURS,
+    TRANSFORMERS,
+    is_msgpack,
+    is_orbax,
+    read_msgpack,
+    read_orbax,
+    write_msgpack,
+    write_orbax,
+)
+from conversion.keras_file import (
+    HDF5_START,
+    KERAS,
+    TF,
+    is_keras,
+    keras_pieces,
+    name_in_shard,
+    read_keras,
+    read_tf,
+    tf_pieces,
+)
 from conversion.names import HUGGING_FACE, Rule
-from conversion.pieces import Count, Piece, Tensors, sharded
+from conversion.numpy_folder import NUMPY, is_numpy_folder, numpy_pieces, read_numpy_folder
+from conversion.pieces import Count, Piece, Tensors, sharded, single
 from conversion.torch_file import LEGACY_START, ZIP_START, read_torch_file, write_torch_file
 from opt_core.checkpoint import (
     Checkpoint,
@@ -59,6 +81,8 @@ class Format:
     pieces: Callable[[Tensors, int, OPTConfig, Head], list[Piece]]
     #: The extra that must be installed to read or write it.
     extra: str | None = None
+    #: What a shard calls the tensor that the index calls by this name.
+    name_in_shard: Callable[[str], str] = field(default=lambda name: name)
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -68,6 +92,17 @@ def _read_safetensors(path: Path) -> Contents:
 def _write_safetensors(path: Path, tensors: Tensors, count: Count) -> None:
     with path.open("xb") as handle:
         handle.writelines(safetensors_blocks(tensors, count))
+
+
+def _read_orbax(folder: Path) -> Contents:
+    tensors = read_orbax(folder)
+    files = {file.path: None for tensor in tensors.values() for file in tensor.files}
+    return Contents(tensors, tuple(files))
+
+
+def _read_numpy(folder: Path) -> Contents:
+    tensors = read_numpy_folder(folder)
+    return Contents(tensors, tuple(folder / name for name in tensors))
 
 
 def _with_index(file: str) -> tuple[str, str]:
@@ -102,10 +137,64 @@ FORMATS = (
             "pytorch_model.bin", tensors, limit, write_torch_file
         ),
     ),
+    Format(
+        name="tf",
+        title="`tf_model.h5` (transformers' Keras 2 layout), single and sharded",
+        files=_with_index("tf_model.h5"),
+        endings=(".h5",),
+        recognises=lambda path, start: start.startswith(HDF5_START),
+        read=lambda path: Contents(read_tf(path), (path,)),
+        rule=TF,
+        pieces=lambda tensors, limit, *_: tf_pieces(tensors, limit),
+        name_in_shard=name_in_shard,
+    ),
+    Format(
+        name="flax",
+        title="`flax_model.msgpack`, single and sharded",
+        files=_with_index("flax_model.msgpack"),
+        endings=(".msgpack",),
+        recognises=is_msgpack,
+        read=lambda path: Contents(read_msgpack(path), (path,)),
+        rule=TRANSFORMERS,
+        pieces=lambda tensors, limit, *_: sharded(
+            "flax_model.msgpack", tensors, limit, write_msgpack
+        ),
+    ),
+    Format(
+        name="keras",
+        title="`.keras` and `.weights.h5` of our models (Keras 3)",
+        files=("model.keras", "model.weights.h5", "model.weights.json"),
+        endings=(".keras", ".weights.h5", ".weights.json"),
+        recognises=is_keras,
+        read=lambda path: Contents(*read_keras(path)),
+        rule=KERAS,
+        pieces=lambda tensors, _, config, head: keras_pieces(tensors, config, head),
+    ),
+    Format(
+        name="orbax",
+        title="Orbax's folder of a Flax model's parameters, `params`",
+        files=("params", "default"),
+        endings=(),
+        recognises=lambda path, start: is_orbax(path),
+        read=_read_orbax,
+        rule=OURS,
+        pieces=lambda tensors, limit, *_: single("params", tensors, write_orbax),
+        extra="orbax",
+    ),
+    Format(
+        name="numpy",
+        title="a folder with one NumPy file a tensor",
+        files=(),
+        endings=(),
+        recognises=lambda path, start: is_numpy_folder(path),
+        read=_read_numpy,
+        rule=NUMPY,
+        pieces=lambda tensors, limit, *_: numpy_pieces(tensors, limit),
+    ),
 )
 
-# What to ask the hub for: the first of these that a repository has.
-WEIGHT_FILES = [[name] for row in FORMATS for name in row.files if "*" not in name]
+# What to ask the hub for: the first of these that a repository has. Folders cannot be asked for.
+WEIGHT_FILES = [[name] for row in FORMATS if row.endings for name in row.files if "*" not in name]
 
 
 def format_named(name: str) -> Format:
@@ -146,12 +235,15 @@ def open_checkpoint(path: str | Path, *, prefer: str | None = None) -> Checkpoin
 
 def _read_index(index: Path) -> tuple[Format, Contents]:
     rows: list[Format] = []
+    shard_of = read_weight_map(index)
 
     def read_shard(shard: Path) -> Mapping[str, TensorSource]:
         rows.append(_recognised(shard))
-        return rows[-1].read(shard).tensors
+        in_index = {rows[-1].name_in_shard(name): name for name in shard_of}
+        found = rows[-1].read(shard).tensors
+        return {in_index.get(name, name): tensor for name, tensor in found.items()}
 
-    shards = [index.parent / name for name in dict.fromkeys(read_weight_map(index).values())]
+    shards = [index.parent / name for name in dict.fromkeys(shard_of.values())]
     tensors = read_index(index, read_shard)
     return rows[0], Contents(tensors, (index, *shards), read_index_metadata(index))
 

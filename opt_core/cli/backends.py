@@ -31,8 +31,11 @@ class Backend(Protocol):
     def config(self) -> OPTConfig:
         """The model's configuration."""
 
-    def logits(self, ids: Ints) -> Scores:
-        """`[B, T] int -> [B, T, V]` float32 or float64: the scores of what follows each token."""
+    def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
+        """`[B, T] int -> [B, T, V]` float32 or float64: the scores of what follows each token.
+
+        `mask` is 0 for padding, as `attention_mask` of every model.
+        """
 
     def tokens(
         self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
@@ -89,11 +92,11 @@ class NumpyReference:
         else:
             self.generation = GenerationConfig.from_model_config(self.config)
 
-    def logits(self, ids: Ints) -> Scores:
+    def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
         """As `Backend.logits`, float64."""
         from opt_core.reference import causal_lm
 
-        return causal_lm(self.config, self.weights, input_ids=ids).logits
+        return causal_lm(self.config, self.weights, input_ids=ids, attention_mask=mask).logits
 
     def tokens(
         self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
@@ -122,13 +125,16 @@ class TorchModel:
         self.model = OPTForCausalLM.from_pretrained(source, dtype=dtype, device=device)
         self.config = self.model.config
 
-    def logits(self, ids: Ints) -> Scores:
+    def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
         """As `Backend.logits`, float32 whatever the model computes in."""
         import torch
 
         with torch.inference_mode():
-            given = torch.from_numpy(ids).to(self.model.device)
-            scores: Scores = self.model(given, use_cache=False).logits.float().cpu().numpy()
+            device = self.model.device
+            given = torch.from_numpy(ids).to(device)
+            shown = None if mask is None else torch.from_numpy(mask).to(device)
+            out = self.model(given, attention_mask=shown, use_cache=False)
+            scores: Scores = out.logits.float().cpu().numpy()
         return scores
 
     def tokens(
@@ -160,12 +166,13 @@ class TfModel:
             self.model = TFOPTForCausalLM.from_pretrained(source, dtype=dtype)
         self.config = self.model.config
 
-    def logits(self, ids: Ints) -> Scores:
+    def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
         """As `Backend.logits`, float32 whatever the model computes in."""
         import tensorflow as tf
 
         with tf.device(self.device):
-            out = self.model(input_ids=tf.constant(ids), use_cache=False)
+            shown = None if mask is None else tf.constant(mask)
+            out = self.model(input_ids=tf.constant(ids), attention_mask=shown, use_cache=False)
             scores: Scores = tf.cast(out.logits, tf.float32).numpy()
         return scores
 
@@ -196,12 +203,13 @@ class FlaxModel:
             self.model = FlaxOPTForCausalLM.from_pretrained(source, dtype=dtype)
         self.config = self.model.config
 
-    def logits(self, ids: Ints) -> Scores:
+    def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
         """As `Backend.logits`, float32 whatever the model computes in."""
         import jax
 
         with jax.default_device(self.device):
-            out = self.model(ids.astype(np.int32), use_cache=False)
+            shown = None if mask is None else mask.astype(np.int32)
+            out = self.model(ids.astype(np.int32), attention_mask=shown, use_cache=False)
             return np.asarray(out.logits, np.float32)
 
     def tokens(

@@ -381,3 +381,9 @@ def test_progress_counts_every_byte_once(
 ) -> None:
     save(tmp_path, weights(), max_shard_size=SHARDED, progress=True)
     assert "7.00k/7.00k" in capsys.readouterr().err
+
+
+def test_a_tensor_without_axes_is_saved(tmp_path: Path) -> None:
+    save(tmp_path, {"array": np.array(7), "number": np.float32(1.5)})
+    found = read_safetensors(tmp_path / "model.safetensors")
+    assert [found[name].read()[()] for name in ("array", "number")] == [7, 1.5]

@@ -285,7 +285,10 @@ def safetensors_blocks(
 def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
     for part in parts(tensor):
-        values = tensor[part] if isinstance(tensor, np.ndarray) else read_part(tensor, part)
+        if isinstance(tensor, np.ndarray | np.generic):
+            values: Array = tensor[part] if tensor.shape else np.asarray(tensor)
+        else:
+            values = read_part(tensor, part)
         yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 

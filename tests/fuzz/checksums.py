@@ -42,6 +42,7 @@ def mended(name: str, data: bytes) -> bytes:
             size = int.from_bytes(content[at + 4 : at + _HEADER_BYTES], "little")
             if _HEADER_BYTES + _SUM_BYTES <= size <= len(content) - at:
                 end = at + size - _SUM_BYTES
-                content[end : at + size] = crc32c(bytes(content[at:end])).to_bytes(_SUM_BYTES, "little")
+                right = crc32c(bytes(content[at:end]))
+                content[end : at + size] = right.to_bytes(_SUM_BYTES, "little")
             at = content.find(magic, at + 1)
     return bytes(content)

@@ -32,7 +32,6 @@ STATE |= {"opt_state/0/mu/x": np.ones(3), "step": np.array(7)}
 
 def seeds(folder: Path) -> list[Files]:
     """Small files: plain, with tensors in pieces, of a training, empty; with a long map."""
-    found: list[Files] = []
     whole = msgpack_writing._CHUNK_BYTES
     found: list[Files] = []
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conversion.pieces import Count
 from conversion.views import rounded
 from opt_core.checkpoint import Array, TensorSource, blocks, size_of
-
-#: Told the bytes of tensors that have just been read, for a progress bar.
-Count = Callable[[int], object]
 
 _BLOCK_BYTES = 32 * 1024 * 1024
 # Values looked at together: what is made of them in double precision fits the caches.

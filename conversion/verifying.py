@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from conversion.comparing import Comparison, Count, Result, checksum, compare, holds_only
+from conversion.comparing import Comparison, Result, checksum, compare, holds_only
 from conversion.formats import open_checkpoint
+from conversion.pieces import Count
 from conversion.planning import COMPANIONS
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_of
 from opt_core.config import OPTConfig

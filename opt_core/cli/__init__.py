@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from opt_core.cli import convert, demo, eval, generate, inspect
+from opt_core.cli import convert, demo, eval, generate, inspect, verify
 from opt_core.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"optlm {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, inspect, convert, eval):
+    for command in (demo, generate, inspect, convert, verify, eval):
         summary, _, _ = command.DESCRIPTION.partition("\n")
         one = commands.add_parser(
             command.NAME,

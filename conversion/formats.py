@@ -27,6 +27,8 @@ from conversion.keras_file import (
     read_tf,
     tf_pieces,
 )
+from conversion.metaseq import FILES as METASEQ_FILES
+from conversion.metaseq import METASEQ, is_metaseq, metaseq_pieces, read_metaseq
 from conversion.names import HUGGING_FACE, Rule
 from conversion.numpy_folder import NUMPY, is_numpy_folder, numpy_pieces, read_numpy_folder
 from conversion.pieces import Count, Piece, Tensors, sharded, single
@@ -180,6 +182,16 @@ FORMATS = (
         rule=OURS,
         pieces=lambda tensors, limit, *_: single("params", tensors, write_orbax),
         extra="orbax",
+    ),
+    Format(
+        name="metaseq",
+        title="metaseq originals: single `.pt`, model-parallel parts, flat shards",
+        files=METASEQ_FILES,
+        endings=(),
+        recognises=is_metaseq,
+        read=lambda path: Contents(*read_metaseq(path)),
+        rule=METASEQ,
+        pieces=metaseq_pieces,
     ),
     Format(
         name="numpy",

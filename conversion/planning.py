@@ -14,6 +14,7 @@ import numpy as np
 
 from conversion.formats import Format, format_named, open_checkpoint
 from conversion.losses import Losses, Watched
+from conversion.metaseq import config_of, without_padding
 from conversion.pieces import Piece, text
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_in_bytes
 from opt_core.checkpoint.saving import INDEX_ENDING
@@ -109,7 +110,8 @@ def plan(
     limit = _limit(row, max_shard_size)
     checkpoint = open_checkpoint(source)
     beside = source if source.is_dir() else source.parent
-    found = _configuration(beside, config)
+    found = _configuration(beside, config, checkpoint)
+    checkpoint = without_padding(checkpoint, found)
     head = head_in(found, checkpoint.tensors)
     tensors = {
         name: Watched(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, losses)
@@ -160,7 +162,9 @@ def _limit(row: Format, size: int | str | None) -> int:
     return size_in_bytes(DEFAULT_SHARD_SIZE if size is None else size)
 
 
-def _configuration(beside: Path, given: OPTConfig | str | os.PathLike[str] | None) -> OPTConfig:
+def _configuration(
+    beside: Path, given: OPTConfig | str | os.PathLike[str] | None, checkpoint: Checkpoint
+) -> OPTConfig:
     if isinstance(given, OPTConfig):
         return given
     if isinstance(given, str) and given in PRESETS and not Path(given).exists():
@@ -170,6 +174,9 @@ def _configuration(beside: Path, given: OPTConfig | str | os.PathLike[str] | Non
     try:
         return OPTConfig.from_pretrained(beside)
     except CheckpointNotFound as fault:
+        fields = config_of(checkpoint.path) if checkpoint.format == "metaseq" else None
+        if fields is not None:
+            return OPTConfig(**fields)
         raise CheckpointNotFound(
             f"{fault}; --config takes a file, a folder or a published size ({', '.join(PRESETS)})"
         ) from fault

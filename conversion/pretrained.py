@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from conversion.formats import WEIGHT_FILES, open_checkpoint
+from conversion.metaseq import without_padding
 from opt_core import hub
 from opt_core.checkpoint import Checkpoint
 from opt_core.config import CONFIG_FILE, OPTConfig
@@ -59,7 +60,7 @@ def open_pretrained(
         config = OPTConfig.from_pretrained(folder if config is None else config)
     config = config.replace(**fields) if fields else copy.deepcopy(config)
     config.name_or_path = os.fspath(source)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = without_padding(open_checkpoint(folder), config)
     beside = folder if folder.is_dir() else folder.parent
     if (beside / GENERATION_FILE).is_file():
         generation = GenerationConfig.from_pretrained(beside)

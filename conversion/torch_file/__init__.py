@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from conversion.torch_file.foreign import Foreign, ForeignClass
+from conversion.torch_file.foreign import Foreign, ForeignClass, entries_of
 from conversion.torch_file.pickles import Pickles
 from conversion.torch_file.values import NAMES, Storage, Storages, View
 from conversion.torch_file.writing import write_torch_file
@@ -30,6 +30,7 @@ _STORED = 0  # a zip entry's bytes as they are
 __all__ = [
     "LEGACY_START",
     "ZIP_START",
+    "entries_of",
     "read_object",
     "read_torch_file",
     "tensors_of",

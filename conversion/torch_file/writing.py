@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
 
 from conversion.torch_file.values import STORAGE_DTYPES
@@ -29,16 +30,17 @@ def write_torch_file(
     count: Callable[[int], object],
     *,
     within: str | None = None,
+    beside: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Writes a state dict that `torch.load` reads, also with `weights_only` and `mmap`.
 
-    With `within`, the state dict is the one entry of that name in a dict. `count` is told the
-    bytes of tensors that have just been written. Raises ValueError for a type that PyTorch has no
-    storage for.
+    With `within`, the state dict is the entry of that name in a dict, before those of `beside`:
+    dicts, texts, numbers, truth values and None. `count` is told the bytes of tensors that have
+    just been written. Raises ValueError for a type that PyTorch has no storage for.
     """
     import zipfile  # only here: it takes longer to import than a small model to load
 
-    pickled = b"".join(_pickle(tensors, within))
+    pickled = b"".join(_pickle(tensors, within, beside))
     with path.open("xb") as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as archive:
         _write(archive, handle, "data.pkl", len(pickled), [pickled])
         _write(archive, handle, "byteorder", 6, [b"little"])
@@ -78,14 +80,32 @@ def _write(
             entry.write(part)
 
 
-def _pickle(tensors: Mapping[str, TensorSource], within: str | None) -> Iterator[bytes]:
+def _pickle(
+    tensors: Mapping[str, TensorSource], within: str | None, beside: Mapping[str, object]
+) -> Iterator[bytes]:
     yield b"\x80\x02"  # protocol 2, as PyTorch
     if within is not None:
-        yield b"}" + _text(within)
+        yield b"}(" + _text(within)
     yield b"ccollections\nOrderedDict\n)R("
     for number, (name, tensor) in enumerate(tensors.items()):
         yield _text(name) + _tensor(number, tensor)
-    yield b"us." if within is not None else b"u."
+    yield b"u"
+    if within is not None:
+        yield from (_text(name) + _value(value) for name, value in beside.items())
+        yield b"u"
+    yield b"."
+
+
+def _value(value: object) -> bytes:
+    if isinstance(value, dict):
+        return b"}(" + b"".join(_text(key) + _value(entry) for key, entry in value.items()) + b"u"
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _number(value)
+    return {None: b"N", True: b"\x88", False: b"\x89"}[value]  # type: ignore[index]
 
 
 def _tensor(number: int, tensor: TensorSource) -> bytes:

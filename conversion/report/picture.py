@@ -40,9 +40,9 @@ def shade(entry: TensorResult) -> str:
     """The class of a tensor's colour."""
     if entry.result in (Result.SHAPES, Result.ONLY_A, Result.ONLY_B):
         return "gone"
-    if entry.result.is_difference or entry.result is Result.ROUNDED:
-        return f"d{_step(entry.comparison.relative)}"
-    return "same"
+    if entry.result is Result.ROUNDED:
+        return "round"
+    return f"d{_step(entry.comparison.relative)}" if entry.result.is_difference else "same"
 
 
 def _step(share: float) -> int:
@@ -88,7 +88,7 @@ def _cell(entry: TensorResult, column: int, y: int) -> str:
 
 def _legend() -> str:
     powers = [f"≤ 1e{_SMALLEST + step}" for step in range(STEPS - 2)]
-    entries = [("same", "no difference")]
+    entries = [("same", "no difference"), ("round", "rounding alone")]
     entries += [(f"d{step}", label) for step, label in enumerate([*powers, "≤ 1", "more, or NaN"])]
     entries.append(("gone", "missing or of another shape"))
     shown = "".join(

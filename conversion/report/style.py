@@ -5,15 +5,17 @@ STYLE = """\
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1c1f23; --faint: #5c6570; --line: #d5dae0; --soft: #f4f6f8;
   --good: #1a7f37; --good-soft: #e3f5e7; --bad: #b42318; --bad-soft: #fdeae8;
-  --same: #a9dcb3; --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;
-  --d5: #fb9135; --d6: #f16a2b; --d7: #da4226; --d8: #b01e26; --d9: #6f0f24; --gone: #8a94a0;
+  --same: #a9dcb3; --round: #a8cdf0; --gone: #8a94a0;
+  --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;
+  --d5: #fb9135; --d6: #f16a2b; --d7: #da4226; --d8: #b01e26; --d9: #6f0f24;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171a; --ink: #e4e8ec; --faint: #9aa4af; --line: #343b43; --soft: #1d2226;
     --good: #5fd17c; --good-soft: #16301d; --bad: #ff8a7d; --bad-soft: #3d1a17;
-    --same: #25633a; --d0: #3a341c; --d1: #55451d; --d2: #71551e; --d3: #8f651f; --d4: #ad7322;
-    --d5: #cb7f27; --d6: #e58a32; --d7: #f79a4e; --d8: #ffb27c; --d9: #ffd9c2; --gone: #6d7782;
+    --same: #25633a; --round: #27527d; --gone: #6d7782;
+    --d0: #3a341c; --d1: #55451d; --d2: #71551e; --d3: #8f651f; --d4: #ad7322;
+    --d5: #cb7f27; --d6: #e58a32; --d7: #f79a4e; --d8: #ffb27c; --d9: #ffd9c2;
   }
 }
 * { box-sizing: border-box; }
@@ -57,8 +59,9 @@ COLOURS
   :root {
     --paper: #fff; --ink: #000; --faint: #444; --line: #bbb; --soft: #f4f6f8;
     --good: #14662c; --good-soft: #fff; --bad: #9b1c12; --bad-soft: #fff;
-    --same: #a9dcb3; --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;
-    --d5: #fb9135; --d6: #f16a2b; --d7: #da4226; --d8: #b01e26; --d9: #6f0f24; --gone: #8a94a0;
+    --same: #a9dcb3; --round: #a8cdf0; --gone: #8a94a0;
+    --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;
+    --d5: #fb9135; --d6: #f16a2b; --d7: #da4226; --d8: #b01e26; --d9: #6f0f24;
   }
   @page { size: A4 landscape; margin: 12mm; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -74,6 +77,6 @@ COLOURS
     "COLOURS",
     "\n".join(
         f"rect.{name} {{ fill: var(--{name}); }} .key.{name} {{ background: var(--{name}); }}"
-        for name in ("same", "gone", *(f"d{step}" for step in range(10)))
+        for name in ("same", "round", "gone", *(f"d{step}" for step in range(10)))
     ),
 )

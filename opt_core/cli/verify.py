@@ -136,6 +136,8 @@ def _summary(side: Checkpoint) -> str:
 
 
 def _cells(entry: TensorResult) -> list[str]:
+    from conversion.report import printable
+
     found = entry.comparison
     said = entry.said
     if entry.a is not None and entry.b is not None:
@@ -145,10 +147,10 @@ def _cells(entry: TensorResult) -> list[str]:
             said += f": {entry.a.dtype} and {entry.b.dtype}"
     said = "; ".join([said, *found.notes])
     if not found.count:
-        return [entry.name, said, "", "", "", ""]
+        return [printable(entry.name), said, "", "", "", ""]
     where = str(list(found.first or ()))
     figures = [f"{found.largest:.3g}", f"{found.relative:.1e}", f"{found.count:,}"]
-    return [entry.name, said, *figures, where]
+    return [printable(entry.name), said, *figures, where]
 
 
 def _notes(verified: Verification) -> Iterator[str]:

@@ -6,10 +6,9 @@ layer of general use is for, such as a head, stands in the attribute `name` besi
 
 from __future__ import annotations
 
+import io
 import json
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -24,7 +23,7 @@ from conversion.keras_file.tf import stored_file
 from conversion.keras_file.writing import Layout, hdf5_blocks
 from conversion.names import FrameworkRule
 from conversion.pieces import Count, Piece, Tensors, single
-from conversion.torch_file import ZIP_START
+from conversion.zip_file import HEADER_BYTES, LARGE_BYTES, ZIP_START, entry_offset, read_entries
 from opt_core.checkpoint import (
     CheckpointDamaged,
     CheckpointError,
@@ -43,7 +42,6 @@ _LAYER = re.compile(r"/layers/decoder_layer(?:_(\d+))?/")
 _HEAD = re.compile(r"layers/dense(?:_\d+)?(/vars/\d+)")
 _HEADS = ("lm_head", "score", "qa_outputs")
 _ALIGNMENT = 64  # bytes; of the weights in an archive
-_HEADER_BYTES, _LARGE_BYTES = 30, 20  # of an entry of an archive, and more for a large one
 _VERSION = "3.12.0"  # the oldest Keras that our models run with
 # The number of a weight in its layer; a layer has at most one of each row.
 _NUMBERS = {"kernel": 0, "gamma": 0, "embeddings": 0, "bias": 1, "beta": 1}
@@ -122,31 +120,12 @@ def _read_shards(index: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...]
 
 def _place_in_archive(file: StoredFile) -> tuple[int, int]:
     """Where in a `.keras` file the weights begin, and how many bytes they have."""
-    try:
-        with file.open() as handle, zipfile.ZipFile(handle) as archive:
-            entry = next((e for e in archive.infolist() if e.filename == WEIGHTS), None)
-            if entry is None:
-                raise CheckpointDamaged(f"{file.path} is no model of Keras: it holds no {WEIGHTS}")
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise CheckpointDamaged(
-                    f"{file.path}: its {WEIGHTS} is compressed or encrypted, which Keras does not "
-                    f"do; unpack it (`unzip {file.path.name} {WEIGHTS}`) and open that file"
-                )
-            handle.seek(entry.header_offset)
-            header = handle.read(_HEADER_BYTES)
-    except (zipfile.BadZipFile, RuntimeError, struct.error, EOFError, OSError) as fault:
-        if isinstance(fault, CheckpointNotFound):
-            raise
-        raise CheckpointDamaged(f"{file.path} is cut short or damaged: {fault}") from fault
-    if len(header) != _HEADER_BYTES or not header.startswith(ZIP_START):
-        raise CheckpointDamaged(f"{file.path}: its {WEIGHTS} has no header")
-    start = entry.header_offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
-    if start + entry.file_size > file.size:
-        raise CheckpointDamaged(
-            f"{file.path} is cut short: its {WEIGHTS} of {entry.file_size} bytes begins at byte "
-            f"{start} of {file.size}"
-        )
-    return start, entry.file_size
+    with file.open() as raw:
+        handle = io.BufferedReader(raw)
+        entry = read_entries(file, handle).get(WEIGHTS)
+        if entry is None:
+            raise CheckpointDamaged(f"{file.path} is no model of Keras: it holds no {WEIGHTS}")
+        return entry_offset(file, handle, entry), entry.file_size
 
 
 def _path(name: str) -> str | None:
@@ -200,10 +179,12 @@ def keras_pieces(tensors: Tensors, config: OPTConfig, head: Head) -> list[Piece]
 
 
 def _write(handle: BinaryIO, tensors: Tensors, count: Count, config: OPTConfig, head: Head) -> None:
+    import zipfile  # only here: it takes longer to import than a small model to load
+
     with zipfile.ZipFile(handle, "w") as archive:
         archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": _VERSION}))
         described = json.dumps(_description(tensors, config, head)).encode()
-        headers = 2 * _HEADER_BYTES + len("config.json") + len(WEIGHTS) + _LARGE_BYTES
+        headers = 2 * HEADER_BYTES + len("config.json") + len(WEIGHTS) + LARGE_BYTES
         described += b" " * (-(handle.tell() + headers + len(described)) % _ALIGNMENT)
         archive.writestr(zipfile.ZipInfo("config.json"), described)
         with archive.open(zipfile.ZipInfo(WEIGHTS), "w", force_zip64=True) as member:

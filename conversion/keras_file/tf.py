@@ -19,7 +19,13 @@ from conversion.keras_file.structure import read_structure
 from conversion.keras_file.writing import Layout, hdf5_blocks
 from conversion.names import FrameworkRule
 from conversion.pieces import Count, Piece, Tensors, sharded
-from opt_core.checkpoint import CheckpointNotFound, StoredFile, StoredTensor, shards_of
+from opt_core.checkpoint import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    StoredFile,
+    StoredTensor,
+    shards_of,
+)
 from opt_core.weights import Head
 
 _FILE = "tf_model.h5"
@@ -38,7 +44,13 @@ _VERSION = "2.18.0"  # of the Keras whose layout this is
 def read_tf(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, under the names that Keras gave the weights."""
     found = read_structure(stored_file(path)).datasets
-    return {_weight_name(name): tensor for name, tensor in found.items()}
+    tensors: dict[str, StoredTensor] = {}
+    for place, tensor in found.items():
+        name = _weight_name(place)
+        if name in tensors:
+            raise CheckpointDamaged(f"{path} holds the weight {name!r} twice")
+        tensors[name] = tensor
+    return tensors
 
 
 def stored_file(path: Path) -> StoredFile:

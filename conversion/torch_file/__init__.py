@@ -7,7 +7,6 @@ layout: a few pickles one after another, then the storages.
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -16,16 +15,15 @@ from conversion.torch_file.foreign import Foreign, ForeignClass, entries_of
 from conversion.torch_file.pickles import Pickles
 from conversion.torch_file.values import NAMES, Storage, Storages, View
 from conversion.torch_file.writing import write_torch_file
+from conversion.zip_file import ZIP_START, entry_offset, read_entries
 from opt_core.checkpoint import CheckpointDamaged, CheckpointNotFound, StoredFile, StoredTensor
 
 if TYPE_CHECKING:
     import zipfile
 
-ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
-_STORED = 0  # a zip entry's bytes as they are
 
 __all__ = [
     "LEGACY_START",
@@ -98,19 +96,11 @@ def _described(value: object) -> str:
 
 def _read_zip(file: StoredFile, handle: BinaryIO) -> object:
     """The pickle of a zip archive; its storages are entries of their own."""
-    import zipfile  # only here: it takes longer to import than a small model to load
-
-    try:
-        archive = zipfile.ZipFile(handle)
-        entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, RuntimeError, ValueError, struct.error, EOFError) as fault:
-        raise CheckpointDamaged(
-            f"{file.path} is cut short or damaged: its zip directory cannot be read ({fault})"
-        ) from fault
+    entries = read_entries(file, handle)
     folder = _archive_folder(file, entries)
     _check_byte_order(file, handle, entries.get(f"{folder}/byteorder"))
     pickled = entries[f"{folder}/data.pkl"]
-    handle.seek(_entry_offset(file, handle, pickled))
+    handle.seek(entry_offset(file, handle, pickled))
     storages = Storages()
     content = Pickles(file.path, handle, pickled.file_size).load(NAMES, storages.refer)
     for storage in storages.by_key.values():
@@ -120,7 +110,7 @@ def _read_zip(file: StoredFile, handle: BinaryIO) -> object:
             raise CheckpointDamaged(
                 f"{file.path}: storage {storage.key!r}, expected {storage.size} bytes, {found}"
             )
-        storage.offset = _entry_offset(file, handle, entry)
+        storage.offset = entry_offset(file, handle, entry)
     return content
 
 
@@ -138,31 +128,10 @@ def _archive_folder(file: StoredFile, entries: Mapping[str, zipfile.ZipInfo]) ->
 def _check_byte_order(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo | None) -> None:
     if entry is None:
         return
-    handle.seek(_entry_offset(file, handle, entry))
+    handle.seek(entry_offset(file, handle, entry))
     order = handle.read(min(entry.file_size, 16))
     if order != b"little":
         raise CheckpointDamaged(f"{file.path} has byte order {order!r}, expected b'little'")
-
-
-def _entry_offset(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin; CheckpointDamaged unless they lie there as they are."""
-    if entry.compress_type != _STORED or entry.flag_bits & 1:
-        raise CheckpointDamaged(
-            f"{file.path}: entry {entry.filename!r} is compressed or encrypted; PyTorch writes "
-            "plain entries. Unpack the archive and save the checkpoint again"
-        )
-    handle.seek(min(max(0, entry.header_offset), file.size))
-    header = handle.read(30)
-    if entry.header_offset < 0 or len(header) != 30 or header[:4] != ZIP_START:
-        raise CheckpointDamaged(f"{file.path}: entry {entry.filename!r} has no header")
-    names_size = sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    offset = entry.header_offset + len(header) + names_size
-    if offset + entry.file_size > file.size:
-        raise CheckpointDamaged(
-            f"{file.path}: entry {entry.filename!r} of {entry.file_size} bytes at byte {offset} "
-            f"goes beyond the end of the file of {file.size} bytes"
-        )
-    return offset
 
 
 def _read_legacy(file: StoredFile, handle: BinaryIO) -> object:

@@ -96,14 +96,17 @@ def carry_out(
     """Do what a plan says; see `convert`."""
     start = time.monotonic()
     restore(plan.target)
+    if Staging(plan.target).is_placed(plan.fingerprint):
+        with open_staging(plan.target):
+            count(plan.size * (1 + check))
+            return Conversion(plan, time.monotonic() - start, 0, check)
     check_target(plan, force=force)
-    with open_staging(plan.target) as staging:
+    with open_staging(plan.target) as staging, _told_of_full_disks(plan):
         staging.begin(plan.fingerprint)
         left = _left(plan, staging)
         _check_room(plan, left)
         count(plan.size - left)
-        with _told_of_full_disks(plan):
-            _write(plan, staging, count)
+        _write(plan, staging, count)
         if check:
             compare(plan, staging.files, count)
         staging.place()
@@ -125,7 +128,9 @@ def check_target(plan: Plan, *, force: bool) -> None:
         raise TargetExists(
             f"{plan.target} is there already; --force (force=True) replaces a checkpoint"
         )
-    strangers = _strangers(target) if target.is_dir() and not plan.target.is_symlink() else [target]
+    strangers = (
+        _strangers(target) if target.is_dir() and not plan.target.is_symlink() else [plan.target]
+    )
     if strangers:
         named = ", ".join(str(path.name) for path in strangers[:5])
         raise TargetExists(
@@ -154,8 +159,7 @@ def _check_room(plan: Plan, left: int) -> None:
     if needed > plan.free:
         raise OSError(
             errno.ENOSPC,
-            f"{plan.target} needs {needed:,} bytes, and {plan.free:,} are free there; nothing "
-            "was written",
+            f"it needs {needed:,} bytes, and {plan.free:,} are free there; nothing was written",
         )
 
 
@@ -166,7 +170,7 @@ def _told_of_full_disks(plan: Plan) -> Iterator[None]:
     except OSError as fault:
         if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        message = f"no room is left for {plan.target} ({fault}); the source is as it was"
+        message = f"there is too little room for {plan.target}: {fault}; the source is as it was"
         raise OSError(fault.errno, message) from fault
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -82,7 +83,7 @@ class Plan:
             for piece in self.pieces
         ]
         told = [__version__, self.format.name, self.config.to_dict(), sources, pieces]
-        return json.dumps(told, default=str)
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def plan(

@@ -38,6 +38,15 @@ class Staging:
         finished: dict[str, Any] = self._journal["finished"]
         return finished
 
+    def is_placed(self, fingerprint: str) -> bool:
+        """Whether an earlier run under the same fingerprint was killed when all was done."""
+        self._journal = self._read_journal()
+        return (
+            self._journal.get("fingerprint") == fingerprint
+            and not self.files.exists()
+            and all((self.target / name).exists() for name in self.finished)
+        )
+
     def begin(self, fingerprint: str) -> None:
         """Keep what an earlier run under the same fingerprint has finished, and nothing else."""
         self._journal = self._read_journal()

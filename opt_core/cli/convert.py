@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> int:
         allow=options.allow,
     )
     out.print(terminal.pairs(_planned(planned)))
-    check_target(planned, force=options.force)
     if options.dry_run:
+        check_target(planned, force=options.force)
         return 0
     sys.stdout.flush()
     total = planned.size * (2 if options.check else 1)

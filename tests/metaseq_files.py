@@ -78,7 +78,7 @@ def shards_of(state: State, count: int, *, tied: bool = False) -> list[dict[str,
             chunks += [whole.new_empty(0)] * (count - len(chunks))
             padding = chunks[0].numel() - chunks[rank].numel()
             key = f"{path}.flat_param_0" if path else "flat_param_0"
-            model[key] = torch.nn.functional.pad(chunks[rank].clone(), [0, padding], value=9e4)
+            model[key] = torch.nn.functional.pad(chunks[rank].clone(), [0, padding], value=6e4)
             described = {
                 "names": list(tensors),
                 "shapes": [tensor.size() for tensor in tensors.values()],

@@ -13,7 +13,6 @@ from conversion.metaseq.names import METASEQ
 from conversion.metaseq.parts import check_count, merged
 from conversion.pieces import Count, Piece, Tensors, single
 from conversion.torch_file import (
-    LEGACY_START,
     ZIP_START,
     read_object,
     tensors_of,
@@ -34,6 +33,7 @@ _NUMBERED = re.compile(
 )
 #: What single files are called; the first that a folder has is read.
 FILES = ("restored*.pt", "consolidated*.pt", "reshard*.pt", "checkpoint_last*.pt")
+_PICKLE_START = b"\x80"  # PyTorch's layout before 1.6, whatever the version of its pickles
 _MODEL = "model"
 _METADATA = "shard_metadata"
 
@@ -55,7 +55,7 @@ def is_metaseq(path: Path, start: bytes) -> bool:
     """Whether a folder holds parts or shards, or a file of PyTorch's a state dict as `model`."""
     if path.is_dir():
         return any(True for _ in _numbered(path))
-    if not start.startswith((ZIP_START, LEGACY_START)):
+    if not start.startswith((ZIP_START, _PICKLE_START)):
         return False
     try:
         _, content = read_object(path)

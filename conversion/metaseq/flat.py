@@ -125,7 +125,8 @@ def _flats(shard: Shard) -> dict[str, _Flat]:
     found = {}
     for module in _as(list, _as(dict, shard.metadata, shard).get("param_metadata"), shard):
         path = _as(str, _as(dict, module, shard).get("fsdp_path"), shard)
-        shared = tuple(_pair(pair, path, shard) for pair in module.get("shared_param_info", ()))
+        pairs = _as(list, module.get("shared_param_info", []), shard)
+        shared = tuple(_pair(pair, path, shard) for pair in pairs)
         for name, described in _as(dict, module.get("params"), shard).items():
             key = _under(path, _as(str, name, shard))
             if key in shard.tensors:

@@ -3,7 +3,7 @@
 STYLE = """\
 :root {
   color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c1f23; --faint: #5c6570; --line: #d5dae0; --soft: #f4f6f8;
+  --paper: #ffffff; --ink: #1c1f23; --faint: #5c6570; --line: #d5dae0;
   --good: #1a7f37; --good-soft: #e3f5e7; --bad: #b42318; --bad-soft: #fdeae8;
   --same: #a9dcb3; --round: #a8cdf0; --gone: #8a94a0;
   --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;
@@ -11,7 +11,7 @@ STYLE = """\
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #14171a; --ink: #e4e8ec; --faint: #9aa4af; --line: #343b43; --soft: #1d2226;
+    --paper: #14171a; --ink: #e4e8ec; --faint: #9aa4af; --line: #343b43;
     --good: #5fd17c; --good-soft: #16301d; --bad: #ff8a7d; --bad-soft: #3d1a17;
     --same: #25633a; --round: #27527d; --gone: #6d7782;
     --d0: #3a341c; --d1: #55451d; --d2: #71551e; --d3: #8f651f; --d4: #ad7322;
@@ -57,7 +57,7 @@ svg rect.differs { stroke: var(--ink); stroke-width: 1.6; }
 COLOURS
 @media print {
   :root {
-    --paper: #fff; --ink: #000; --faint: #444; --line: #bbb; --soft: #f4f6f8;
+    --paper: #fff; --ink: #000; --faint: #444; --line: #bbb;
     --good: #14662c; --good-soft: #fff; --bad: #9b1c12; --bad-soft: #fff;
     --same: #a9dcb3; --round: #a8cdf0; --gone: #8a94a0;
     --d0: #fff6c2; --d1: #ffeb9a; --d2: #fedc76; --d3: #feca5a; --d4: #fdb244;

@@ -135,20 +135,19 @@ def _path(name: str) -> str | None:
     if name.startswith("optimizer/") or name.endswith("/vars/seed"):
         return None
     module, _, number = name.rpartition("/vars/")
-    if number not in ("0", "1") or not module:
-        return name
     module = _LAYER.sub(lambda found: f"/layers/{found[1] or 0}/", module)
     if module.startswith(_BODY):
         module = "model/" + module.removeprefix(_BODY)
     module = module.removeprefix("layers/")
     last = module.rpartition("/")[2]
     if last.startswith("embed_"):
-        leaves = ("embeddings", "")
+        leaves = ["embeddings"]
     elif last.endswith("layer_norm"):
-        leaves = ("gamma", "beta")
+        leaves = ["gamma", "beta"]
     else:
-        leaves = ("kernel", "bias")
-    return f"{module}/{leaves[int(number)]}".replace("/", ".")
+        leaves = ["kernel", "bias"]
+    numbered = dict(zip("01", leaves, strict=False))
+    return f"{module}/{numbered[number]}".replace("/", ".") if number in numbered else name
 
 
 def _spelled(path: str, head: Head) -> str:

@@ -59,7 +59,7 @@ class OrbaxTensor:
         except _FAULTS as fault:
             self._check()
             raise CheckpointDamaged(
-                f"{self.folder}: tensor {self.name!r} cannot be read: {str(fault)[:500]}"
+                f"{self.folder}: tensor {self.name!r} cannot be read: {_words(fault)}"
             ) from fault
         self._check()
         return values
@@ -174,10 +174,12 @@ def _entry(path: Path, entry: object) -> tuple[list[str], object, object]:
 
 
 def _files(folder: Path) -> list[StoredFile]:
-    """Every file of the folder as it is now."""
-    return [
-        stored_file(Path(above) / name) for above, _, names in os.walk(folder) for name in names
-    ]
+    """Every file of the folder as it is now; a pipe or a device could be read for ever."""
+    paths = [Path(above) / name for above, _, names in os.walk(folder) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointUnsafe(f"{path} is no regular file; nothing in it was read")
+    return [stored_file(path) for path in paths]
 
 
 def _inside(files: list[StoredFile], folder: Path) -> list[StoredFile]:
@@ -213,7 +215,7 @@ def _opened(ts: ModuleType, folder: Path, tree: _Tree, context: Any) -> dict[str
             found[name] = ts.open(spec, read=True, open=True, context=context).result()
         except _FAULTS as fault:
             raise CheckpointDamaged(
-                f"{folder}: tensor {name!r} cannot be opened: {str(fault)[:500]}"
+                f"{folder}: tensor {name!r} cannot be opened: {_words(fault)}"
             ) from fault
     return found
 
@@ -242,7 +244,7 @@ def _check_sizes(
 
 def _room(store: Any) -> int:
     """Bytes of the chunks that reads along one axis share: at least one chunk."""
-    chunk: tuple[int, ...] = store.chunk_layout.read_chunk.shape
+    chunk: tuple[int, ...] = store.chunk_layout.read_chunk.shape or ()
     size: int = store.dtype.numpy_dtype.itemsize
     stripes = (
         size
@@ -252,3 +254,8 @@ def _room(store: Any) -> int:
         for along in range(len(chunk))
     )
     return max(size * math.prod(chunk), min(STRIPE_BYTES, max(stripes, default=0)))
+
+
+def _words(fault: BaseException) -> str:
+    """What tensorstore says, without its specification of the array."""
+    return str(fault).partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0][:500]

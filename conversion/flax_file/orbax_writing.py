@@ -29,6 +29,7 @@ def write_orbax(path: Path, tensors: Tensors, count: Count) -> None:
             "cache_pool": {"total_bytes_limit": 0},
             "data_copy_concurrency": {"limit": 1},
             "file_io_concurrency": {"limit": 1},
+            "file_io_sync": False,  # a piece is synced when it is whole
         }
     )
     chunks = {name: chunk_shape(source) for name, source in tensors.items()}

@@ -26,6 +26,8 @@ from opt_core.checkpoint import (
     CheckpointNotFound,
     CheckpointUnsafe,
 )
+from tests.fuzz.mutating import fuzz
+from tests.fuzz.torch_file import target
 from tests.test_torch_file import repacked, torch_save
 
 torch = pytest.importorskip("torch")
@@ -347,3 +349,9 @@ def test_a_file_cut_anywhere_or_with_changed_bytes_is_read_or_refused(
         for found in read_torch_file(path).values():
             found.read()
             found.map()
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    report = fuzz(target(), tmp_path, count=300, seed=7)
+    assert report.failures == []
+    assert {"read", "CheckpointDamaged", "CheckpointUnsafe"} <= report.outcomes.keys()

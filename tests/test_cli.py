@@ -83,7 +83,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"optlm {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["inspect"], ["eval"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["inspect"], ["verify"], ["eval"]])
 def test_every_command_explains_itself(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:

@@ -202,7 +202,7 @@ def _recall(losses: Losses, note: dict[str, dict[str, int]]) -> None:
 
 def compare(plan: Plan, folder: Path, count: Count) -> None:
     """Raises CheckpointDamaged unless the files in `folder` hold the plan's tensors, bit by bit."""
-    written = open_checkpoint(folder, prefer=plan.format.name).tensors
+    written = open_checkpoint(folder).tensors
     for name, tensor in plan.tensors.items():
         wanted = replace(tensor, losses=Losses(LOSSES))  # told of already, when it was written
         found = written.get(name)

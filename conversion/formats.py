@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,8 +205,21 @@ FORMATS = (
     ),
 )
 
-# What to ask the hub for: the first of these that a repository has. Folders cannot be asked for.
-WEIGHT_FILES = [[name] for row in FORMATS if row.endings for name in row.files if "*" not in name]
+
+def _ordered(prefer: Collection[str]) -> list[Format]:
+    return sorted(FORMATS, key=lambda row: row.name not in prefer)
+
+
+def weight_files(prefer: Collection[str] = ()) -> list[list[str]]:
+    """What to ask the hub for: the first of these that a repository has.
+
+    Formats named in `prefer` come first. Folders cannot be asked for.
+    """
+    rows = [row for row in _ordered(prefer) if row.endings]
+    return [[name] for row in rows for name in row.files if "*" not in name]
+
+
+WEIGHT_FILES = weight_files()
 
 
 def format_named(name: str) -> Format:
@@ -218,11 +231,11 @@ def format_named(name: str) -> Format:
     raise ValueError(f"there is no format {name!r}; known are {known}")
 
 
-def open_checkpoint(path: str | Path, *, prefer: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, prefer: Collection[str] = ()) -> Checkpoint:
     """Opens a folder, a single file of weights or an index, in any format, reading no tensor.
 
-    Of a folder that holds several formats the one named by `prefer` is read, which must be there;
-    else the first in the order of `FORMATS`.
+    Of a folder that holds several formats, those named in `prefer` are looked for first; else the
+    order is that of `FORMATS`.
 
     Raises CheckpointNotFound when there are no weights; CheckpointDamaged or CheckpointUnsafe for
     files that cannot be used.
@@ -260,7 +273,7 @@ def _read_index(index: Path) -> tuple[Format, Contents]:
     return rows[0], Contents(tensors, (index, *shards), read_index_metadata(index))
 
 
-def _found(path: Path, prefer: str | None) -> tuple[Format, Path]:
+def _found(path: Path, prefer: Collection[str]) -> tuple[Format, Path]:
     """The format, and the file or folder in which it lies."""
     if not path.exists():
         raise CheckpointNotFound(f"there is no checkpoint at {path}: no such file or folder")
@@ -271,8 +284,8 @@ def _found(path: Path, prefer: str | None) -> tuple[Format, Path]:
     return _recognised(path), path
 
 
-def _in_folder(folder: Path, prefer: str | None) -> tuple[Format, Path]:
-    rows = [row for row in FORMATS if prefer in (None, row.name)]
+def _in_folder(folder: Path, prefer: Collection[str]) -> tuple[Format, Path]:
+    rows = _ordered(prefer)
     for row in rows:
         if row.recognises(folder, b""):
             return row, folder

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from conversion.formats import WEIGHT_FILES, open_checkpoint
+from conversion.formats import open_checkpoint, weight_files
 from conversion.metaseq import without_padding
 from opt_core import hub
 from opt_core.checkpoint import Checkpoint
@@ -16,8 +16,8 @@ from opt_core.generation import GENERATION_FILE, GenerationConfig
 
 #: What a user may say about where a checkpoint is fetched from; see `opt_core.hub.resolve`.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-#: What users of transformers say about the file; its format is recognised without them.
-HINTS = ("from_pt", "from_tf", "from_flax")
+#: What users of transformers say about the files, and which formats are then looked for first.
+HINTS = {"from_pt": ("safetensors", "pytorch"), "from_tf": ("tf",), "from_flax": ("flax",)}
 
 
 class Pretrained(NamedTuple):
@@ -49,18 +49,19 @@ def open_pretrained(
     """
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     fields = {k: v for k, v in options.items() if k not in (*HUB_OPTIONS, *HINTS)}
+    prefer = [name for hint, names in HINTS.items() if options.get(hint) for name in names]
     folder = hub.resolve(
         source,
         files=[CONFIG_FILE],
         optional=[GENERATION_FILE],
-        one_of=WEIGHT_FILES,
+        one_of=weight_files(prefer),
         **hub_options,
     )
     if not isinstance(config, OPTConfig):
         config = OPTConfig.from_pretrained(folder if config is None else config)
     config = config.replace(**fields) if fields else copy.deepcopy(config)
     config.name_or_path = os.fspath(source)
-    checkpoint = without_padding(open_checkpoint(folder), config)
+    checkpoint = without_padding(open_checkpoint(folder, prefer=prefer), config)
     beside = folder if folder.is_dir() else folder.parent
     if (beside / GENERATION_FILE).is_file():
         generation = GenerationConfig.from_pretrained(beside)

@@ -187,8 +187,8 @@ def test_a_folder_without_weights_says_what_was_looked_for_and_what_is_there(
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointNotFound, match=r"pytorch_model\.bin.*found an empty folder"):
         open_checkpoint(tmp_path / "empty")
-    (tmp_path / "tf_model.h5").write_text("")
-    with pytest.raises(CheckpointNotFound, match=r"looked for model.*found empty, tf_model\.h5"):
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(CheckpointNotFound, match=r"looked for model.*found empty, model\.gguf"):
         open_checkpoint(tmp_path)
 
 

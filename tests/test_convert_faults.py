@@ -254,14 +254,14 @@ def test_a_check_that_fails_leaves_no_target(
 ) -> None:
     make(tmp_path / "a")
 
-    def tampered(path: Path, prefer: str | None = None) -> Any:
+    def tampered(path: Path) -> Any:
         with (path / "pytorch_model.bin").open("r+b") as handle:
             middle = handle.seek(0, os.SEEK_END) // 2
             handle.seek(middle)
             (byte,) = handle.read(1)
             handle.seek(middle)
             handle.write(bytes([byte ^ 1]))
-        return open_checkpoint(path, prefer=prefer)
+        return open_checkpoint(path)
 
     monkeypatch.setattr(converting, "open_checkpoint", tampered)
     with pytest.raises(CheckpointDamaged, match="does not read back as it was written"):

@@ -64,13 +64,13 @@ def test_a_reference_checkpoint_holds_the_values_of_its_safetensors(
 def test_a_truncated_reference_file_is_refused_by_name(shared: Path) -> None:
     fault = rf"h5_truncated/{FILE} is damaged .*: it should have \d+ bytes .* and has \d+"
     with pytest.raises(CheckpointDamaged, match=fault):
-        open_checkpoint(shared / "reference/bad/h5_truncated", prefer="tf")
+        open_checkpoint(shared / "reference/bad/h5_truncated", prefer=["tf"])
 
 
 def test_a_reference_file_with_a_wrong_shape_is_refused_with_both_shapes(shared: Path) -> None:
     folder = shared / "reference/bad/h5_wrong_shape"
     config = OPTConfig.from_pretrained(folder)
-    found = open_checkpoint(folder, prefer="tf").tensors
+    found = open_checkpoint(folder, prefer=["tf"]).tensors
     with pytest.raises(CheckpointMismatch, match=r"expected \(\d+, \d+\), found \(\d+, \d+\)"):
         fit(config, Head.CAUSAL_LM, found, source=str(folder))
 

@@ -11,7 +11,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from opt_core.checkpoint import CheckpointError, CheckpointNotFound, save
+from conversion import convert
+from opt_core.checkpoint import CheckpointDamaged, CheckpointError, CheckpointNotFound, save
 from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.weights import CheckpointMismatch, CheckpointWarning, Head
@@ -106,6 +107,20 @@ def test_hints_about_the_format_are_taken_and_not_needed(
     wing: Wing, folder: Path, weights: Arrays, hint: str
 ) -> None:
     assert_weights(wing, wing.load(Head.CAUSAL_LM, folder, **{hint: True}), weights)
+
+
+@pytest.mark.parametrize(("hint", "name"), [("from_tf", "tf"), ("from_flax", "flax")])
+def test_a_hint_chooses_where_a_folder_holds_several_formats(
+    wing: Wing, folder: Path, weights: Arrays, tmp_path: Path, hint: str, name: str
+) -> None:
+    convert(folder, tmp_path / name, to=name)
+    (single,) = (path for path in (tmp_path / name).iterdir() if path.suffix in (".h5", ".msgpack"))
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"not looked at")
+    single.rename(folder / single.name)
+    assert_weights(wing, wing.load(Head.CAUSAL_LM, folder, **{hint: True}), weights)
+    with pytest.raises(CheckpointDamaged):
+        wing.load(Head.CAUSAL_LM, folder, from_pt=True)
 
 
 def test_a_repository_of_the_hub_loads_like_its_folder(

@@ -19,8 +19,8 @@ from tests.wings import Wing
 
 ROOT = Path(__file__).resolve().parents[2] / "shared"
 #: The formats that are read, as `checks/checkpoints.py` calls them.
-FORMATS = ("safetensors", "bin")
-KINDS = ("safetensors", "bin", "sharded", "config")
+FORMATS = ("safetensors", "bin", "h5", "msgpack")
+KINDS = ("safetensors", "bin", "h5", "msgpack", "sharded", "config")
 
 
 def load_checks() -> ModuleType | None:
@@ -59,6 +59,7 @@ SAYS: dict[str, str] = {
     "safetensors_fewer_positions_than_config": r"\S+embed_positions\.weight +expected .*, found",
     "bin_wrong_shape": r"misshapen +model\.decoder\.\S+ +expected \(.*\), found \(.*\)",
     "bin_value_is_not_a_tensor": r"model\.\S+",
+    "h5_wrong_shape": r"misshapen +model\.decoder\.\S+ +expected \(.*\), found \(.*\)",
     "index_points_to_missing_shard": r"model-00004-of-00004\.safetensors",
     "index_path_traversal": r"\.\./\.\./x",
     "index_path_traversal_to_a_real_file": r"\.\./_outside/shard\.safetensors",
@@ -131,7 +132,7 @@ def test_each_array_of_the_references_own_framework_holds_where_a_token_is(
         pytest.skip(f"the arrays are those of {native}")
     folder = shared / "reference/opt" / case
     is_base = json.loads((folder / "meta.json").read_text())["reference_class"] == "OPTModel"
-    model = wing.load(Head.NONE if is_base else Head.CAUSAL_LM, folder)
+    model = wing.load(Head.NONE if is_base else Head.CAUSAL_LM, folder, **{f"from_{native}": True})
     key = "last_hidden_state" if is_base else "logits"
     with np.load(folder / "expected.npz") as given, np.load(folder / f"expected_{native}.npz") as z:
         right = dict(z)
@@ -207,7 +208,9 @@ def test_a_broken_checkpoint_gets_a_clear_answer_and_does_nothing(
     assert files_of(folder) == before
 
 
-@pytest.mark.parametrize("name", ["good_safetensors", "good_bin", "good_sharded"])
+@pytest.mark.parametrize(
+    "name", ["good_safetensors", "good_bin", "good_sharded", "good_h5", "good_msgpack"]
+)
 def test_the_unbroken_ones_load(wing: Wing, shared: Path, name: str) -> None:
     folder = shared / "reference/bad"
     with np.load(folder / "good_expected.npz") as arrays:

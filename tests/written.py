@@ -55,7 +55,7 @@ def assert_holds(
     folder: Path, name: str, weights: Mapping[str, NDArray[Any]], *, only: bool = True
 ) -> None:
     """What is read from a folder is these weights, bit by bit, and nothing else if `only`."""
-    tensors = open_checkpoint(folder, prefer=name).tensors
+    tensors = open_checkpoint(folder, prefer=[name]).tensors
     if only:
         assert tensors.keys() == weights.keys()
     for key, wanted in weights.items():
@@ -68,7 +68,7 @@ def assert_holds(
 
 def assert_reads_by_part(folder: Path, name: str, weights: Mapping[str, NDArray[Any]]) -> None:
     """Parts of every axis of every tensor are those of the whole one."""
-    for key, source in open_checkpoint(folder, prefer=name).tensors.items():
+    for key, source in open_checkpoint(folder, prefer=[name]).tensors.items():
         wanted = weights[key]
         for axis, n in enumerate(wanted.shape):
             for part in (slice(0, n), slice(1, n - 1), slice(n // 2, n // 2 + 1), slice(2, 2)):

@@ -286,8 +286,8 @@ class FlaxOPTPreTrainedModel(ChangesMixin, SavingMixin):
         and the parameters. With a `mesh` they are spread as by `opt_flax.shard`, tensor by tensor.
         `seed` is that of a head which is in no file. `check=False` leaves out the search for NaN.
         Further options are those of the hub (`revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`), the hints `from_pt`, `from_tf` and `from_flax` (a format is
-        recognised without them), and fields of the configuration.
+        `force_download`, `subfolder`), the hints `from_pt`, `from_tf` and `from_flax` (which
+        files to look for first), and fields of the configuration.
 
         Raises:
             CheckpointNotFound: there is no checkpoint, or a file of it is missing.

@@ -212,7 +212,7 @@ class TFOPTPreTrainedModel(SavingMixin, TrainingMixin, keras.Model):
         `torch_dtype`) names a type or a policy, or is "auto": the type of the file. `check=False`
         leaves out the search for NaN. Further options are those of the hub (`revision`, `token`,
         `cache_dir`, `local_files_only`, `force_download`, `subfolder`), the hints `from_pt`,
-        `from_tf` and `from_flax` (a format is recognised without them), and fields of the
+        `from_tf` and `from_flax` (which files to look for first), and fields of the
         configuration.
 
         Raises:

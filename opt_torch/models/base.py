@@ -128,8 +128,8 @@ class OPTPreTrainedModel(SavingMixin, nn.Module):
         "auto": the type of the file. Weights of that type stay in the file, mapped copy-on-write.
         `device_map` is handed to accelerate. `check=False` leaves out the search for NaN. Further
         options are those of the hub (`revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`), the hints `from_pt`, `from_tf` and `from_flax` (a format is
-        recognised without them), and fields of the configuration. The model comes back in
+        `force_download`, `subfolder`), the hints `from_pt`, `from_tf` and `from_flax` (which
+        files to look for first), and fields of the configuration. The model comes back in
         evaluation mode.
 
         Raises:

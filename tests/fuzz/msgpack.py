@@ -52,7 +52,7 @@ def target() -> Target:
     """The reader of msgpack files."""
     with tempfile.TemporaryDirectory() as folder:
         made = seeds(Path(folder))
-    return Target("msgpack", made, lambda place: open_checkpoint(place, prefer="flax").tensors)
+    return Target("msgpack", made, lambda place: open_checkpoint(place, prefer=["flax"]).tensors)
 
 
 if __name__ == "__main__":

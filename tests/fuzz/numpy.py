@@ -47,7 +47,7 @@ def seeds() -> list[Files]:
 
 def target() -> Target:
     """The reader of folders of NumPy files."""
-    return Target("numpy", seeds(), lambda place: open_checkpoint(place, prefer="numpy").tensors)
+    return Target("numpy", seeds(), lambda place: open_checkpoint(place, prefer=["numpy"]).tensors)
 
 
 if __name__ == "__main__":

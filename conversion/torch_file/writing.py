@@ -7,21 +7,13 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO
 
+from conversion.torch_file.archive import Archive
 from conversion.torch_file.values import STORAGE_DTYPES
 from opt_core.checkpoint import TensorSource, blocks, size_of
 
-if TYPE_CHECKING:
-    import zipfile
-
 _FOLDER = "archive"  # everything in an archive of PyTorch's lies in one folder
-_ALIGNMENT = 64  # bytes; where PyTorch begins a storage, so that it can be mapped
-_ENTRY_BYTES = 30  # of the header before an entry, without its name and extra fields
-_LARGE_BYTES = 20  # of the extra field with the sizes of an entry beyond 4 GiB
 _WORDS = {dtype: word for word, dtype in STORAGE_DTYPES.items()}
-# The oldest date that a zip archive knows: files of equal tensors are equal.
-_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def write_torch_file(
@@ -38,46 +30,20 @@ def write_torch_file(
     dicts, texts, numbers, truth values and None. `count` is told the bytes of tensors that have
     just been written. Raises ValueError for a type that PyTorch has no storage for.
     """
-    import zipfile  # only here: it takes longer to import than a small model to load
-
     pickled = b"".join(_pickle(tensors, within, beside))
-    with path.open("xb") as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as archive:
-        _write(archive, handle, "data.pkl", len(pickled), [pickled])
-        _write(archive, handle, "byteorder", 6, [b"little"])
+    with path.open("xb") as handle, Archive(handle) as archive:
+        archive.add(f"{_FOLDER}/data.pkl", len(pickled), [pickled])
+        archive.add(f"{_FOLDER}/byteorder", 6, [b"little"])
         for number, tensor in enumerate(tensors.values()):
             counted = _counted(blocks(tensor), count)
-            _write(archive, handle, f"data/{number}", size_of(tensor), counted)
-        _write(archive, handle, "version", 2, [b"3\n"])
+            archive.add(f"{_FOLDER}/data/{number}", size_of(tensor), counted)
+        archive.add(f"{_FOLDER}/version", 2, [b"3\n"])
 
 
-def _counted(
-    parts: Iterator[memoryview], count: Callable[[int], object]
-) -> Iterator[bytes | memoryview]:
+def _counted(parts: Iterator[memoryview], count: Callable[[int], object]) -> Iterator[memoryview]:
     for part in parts:
         yield part
         count(len(part))
-
-
-def _write(
-    archive: zipfile.ZipFile,
-    handle: BinaryIO,
-    name: str,
-    size: int,
-    parts: Iterator[memoryview | bytes] | list[bytes],
-) -> None:
-    """One entry of `size` bytes, which begin at a multiple of the alignment."""
-    import zipfile
-
-    info = zipfile.ZipInfo(f"{_FOLDER}/{name}", _DATE)
-    info.file_size = size
-    is_large = size * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides
-    start = handle.tell() + _ENTRY_BYTES + len(info.filename) + is_large * _LARGE_BYTES
-    # An extra field has four bytes of its own; PyTorch calls this one FB, too.
-    padding = (-start - 4) % _ALIGNMENT
-    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    with archive.open(info, "w", force_zip64=is_large) as entry:
-        for part in parts:
-            entry.write(part)
 
 
 def _pickle(

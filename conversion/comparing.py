@@ -67,22 +67,10 @@ def compare(a: TensorSource, b: TensorSource, count: Count = lambda size: None) 
     is, or when all that differ are explained by rounding the one to the type of the other; a
     finite value that has become infinite is a difference.
     """
-    sums = _Checksums()
-    tallies = [_Tally(kind, a.dtype != b.dtype) for kind in _targets(a.dtype, b.dtype)]
-    gap = _Gap()
-    start = 0
-    for left, right in _pairs(a, b, count):
-        same = a.dtype == b.dtype and np.array_equal(_bits(left), _bits(right))
-        sums.add(left, right, same)
-        for i in range(0, left.size, _STEP):
-            some, other = left[i : i + _STEP], right[i : i + _STEP]
-            gap.scale = max(gap.scale, _largest(some))
-            if not same:
-                gap.add(some, other)
-                for tally in tallies:
-                    tally.add(some, other, start + i)
-        start += left.size
-    return _concluded(min(tallies, key=lambda tally: tally.count), gap, sums.sha256, a.shape)
+    run = _Run(a, b)
+    for part in _parts(a, b):
+        count(run.add(a.read(part).reshape(-1), b.read(part).reshape(-1)))
+    return run.concluded(a.shape)
 
 
 def checksum(source: TensorSource, count: Count = lambda size: None) -> str:
@@ -101,35 +89,6 @@ def holds_only(source: TensorSource, value: float) -> bool:
     )
 
 
-def _concluded(
-    tally: _Tally, gap: _Gap, sums: tuple[str, str], shape: tuple[int, ...]
-) -> Comparison:
-    scale = gap.scale or 1.0
-    largest = gap.largest
-    if tally.count:
-        at = tuple(int(i) for i in np.unravel_index(tally.first, shape))
-        return Comparison(
-            Result.DIFFERENT,
-            sums,
-            largest=largest,
-            relative=largest / scale,
-            count=tally.count,
-            first=at,
-            notes=tally.notes(),
-        )
-    if not tally.across:
-        return Comparison(Result.IDENTICAL, sums)
-    if not largest:
-        return Comparison(Result.EQUAL, sums)
-    return Comparison(
-        Result.ROUNDED,
-        sums,
-        rounded_to=str(tally.kind),
-        largest=largest,
-        relative=largest / scale,
-    )
-
-
 def _targets(a: np.dtype[Any], b: np.dtype[Any]) -> list[np.dtype[Any]]:
     """To which types the two may be rounded: to the one that the other holds, else to either."""
     if a == b or np.can_cast(a, b):
@@ -137,17 +96,54 @@ def _targets(a: np.dtype[Any], b: np.dtype[Any]) -> list[np.dtype[Any]]:
     return [b] if np.can_cast(b, a) else [b, a]
 
 
-def _pairs(a: TensorSource, b: TensorSource, count: Count) -> Iterator[tuple[Array, Array]]:
-    """The same parts of both in C order, flat, a bounded number of bytes at a time."""
+def _parts(a: TensorSource, b: TensorSource) -> Iterator[slice | None]:
+    """The parts in which both are read, of a bounded number of bytes."""
     # A source may ask for larger blocks where it is costly to cut.
     room = max(int(getattr(source, "block_bytes", _BLOCK_BYTES)) for source in (a, b))
     rows = a.shape[0] if a.shape else 1
     step = max(1, room * rows // max(1, size_of(a), size_of(b)))
     for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows)) if step < rows else None
-        left, right = a.read(part).reshape(-1), b.read(part).reshape(-1)
-        yield left, right
-        count(left.nbytes + right.nbytes)
+        yield slice(start, min(start + step, rows)) if step < rows else None
+
+
+class _Run:
+    """One comparison; it keeps nothing of the blocks that it is given."""
+
+    def __init__(self, a: TensorSource, b: TensorSource) -> None:
+        self._across = a.dtype != b.dtype
+        self._tallies = [_Tally(kind, self._across) for kind in _targets(a.dtype, b.dtype)]
+        self._sums = _Checksums()
+        self._gap = _Gap()
+        self._start = 0
+
+    def add(self, left: Array, right: Array) -> int:
+        """Compare the next values of both, in C order and flat; how many bytes that were."""
+        same = not self._across and np.array_equal(_bits(left), _bits(right))
+        self._sums.add(left, right, same)
+        for i in range(0, left.size, _STEP):
+            some, other = left[i : i + _STEP], right[i : i + _STEP]
+            self._gap.scale = max(self._gap.scale, _largest(some))
+            if not same:
+                self._gap.add(some, other)
+                for tally in self._tallies:
+                    tally.add(some, other, self._start + i)
+        self._start += left.size
+        return left.nbytes + right.nbytes
+
+    def concluded(self, shape: tuple[int, ...]) -> Comparison:
+        """What all blocks together say of tensors of a shape."""
+        tally = min(self._tallies, key=lambda one: one.count)
+        sums, largest = self._sums.sha256, self._gap.largest
+        relative = largest / (self._gap.scale or 1.0)
+        if tally.count:
+            at = tuple(int(i) for i in np.unravel_index(tally.first, shape))
+            kept, notes = Result.DIFFERENT, tally.notes()
+            return Comparison(kept, sums, None, largest, relative, tally.count, at, notes)
+        if not self._across:
+            return Comparison(Result.IDENTICAL, sums)
+        if not largest:
+            return Comparison(Result.EQUAL, sums)
+        return Comparison(Result.ROUNDED, sums, str(tally.kind), largest, relative)
 
 
 def _bits(values: Array) -> NDArray[np.unsignedinteger[Any]]:

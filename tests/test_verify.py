@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion import Verification, open_checkpoint, verify
+from conversion import FORMATS, Verification, open_checkpoint, verify
 from conversion.comparing import Result
 from conversion.verifying import FieldResult, Verdict, size_to_verify
 from opt_core import cli
@@ -450,3 +450,23 @@ def test_the_tokens_of_a_run_fit_any_model_and_some_are_padding() -> None:
         assert ids.shape == (3, min(8, positions))
         assert 0 <= ids.min() <= ids.max() < vocabulary
         assert mask.any(axis=1).all()
+
+
+# --- the reference data ------------------------------------------------------------------------
+
+
+def test_all_formats_of_each_reference_case_hold_the_same_values(shared: Path) -> None:
+    pairs = 0
+    for config in sorted((shared / "reference" / "opt").glob("*/config.json")):
+        opened = {}
+        for row in FORMATS:
+            checkpoint = open_checkpoint(config.parent, prefer=[row.name])
+            opened[checkpoint.format] = checkpoint  # another one, if the case lacks this format
+        first, *others = opened.values()
+        for other in others:
+            pairs += 1
+            verified = verify(first, other)
+            # TensorFlow's files are in single precision whatever the others are.
+            allowed = {Verdict.IDENTICAL} | ({Verdict.EQUAL} if other.format == "tf" else set())
+            assert verified.verdict in allowed, (config.parent.name, other.format)
+    assert pairs > 20, pairs

@@ -27,6 +27,7 @@ STRIPE_BYTES = 128 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray"}
 _MOST_EXPANSION = 2**15  # zstd: four bytes may stand for a block of 128 KiB
 _LARGEST_TREE = 64 * 2**20
+_SPARE_BYTES = 2**20  # for what a cache keeps beside values: too small by a byte, it keeps none
 #: What tensorstore raises for files that it cannot use.
 _FAULTS = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
@@ -95,7 +96,7 @@ def read_orbax(folder: Path) -> dict[str, OrbaxTensor]:
     _check_sizes(folder, tree, opened, files)
     # Again, now that it is known how much a run of reads needs at a time.
     room = max((_room(store) for store in opened.values()), default=0)
-    opened = _opened(ts, folder, tree, ts.Context(_limits(room)))
+    opened = _opened(ts, folder, tree, ts.Context(_limits(room + _SPARE_BYTES)))
     return {
         name: OrbaxTensor(
             folder, name, tuple(store.shape), store.dtype.numpy_dtype, store,

@@ -18,8 +18,8 @@ UNDEFINED = (1 << 64) - 1  # an address that is none
 SPACE, LINK_INFO, TYPE, EXTERNAL, LINK, LAYOUT = 0x01, 0x02, 0x03, 0x07, 0x06, 0x08
 ATTRIBUTE, CONTINUATION, TABLE = 0x0C, 0x10, 0x11
 
-_MOST_STRUCTURE = 1 << 26  # bytes in all; a tensor of a sound file takes about 1000
-_LARGEST_BLOCK = 1 << 22
+_MOST_STRUCTURE = 1 << 25  # bytes in all; a tensor of a sound file takes about 1000
+_LARGEST_BLOCK = 1 << 20
 _MOST_AXES = 32  # of HDF5
 _SHARED = 2  # a flag: the message lies elsewhere
 

@@ -86,6 +86,11 @@ class Format:
     #: What a shard calls the tensor that the index calls by this name.
     name_in_shard: Callable[[str], str] = field(default=lambda name: name)
 
+    @property
+    def shards(self) -> bool:
+        """Whether it may be written in shards with an index."""
+        return any(name.endswith(INDEX_ENDING) for name in self.files)
+
 
 def _read_safetensors(path: Path) -> Contents:
     return Contents(read_safetensors(path), (path,), read_safetensors_metadata(path))

@@ -18,7 +18,6 @@ from conversion.losses import Losses, Watched
 from conversion.metaseq import config_of, without_padding
 from conversion.pieces import Piece, text
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_in_bytes
-from opt_core.checkpoint.saving import INDEX_ENDING
 from opt_core.config import CONFIG_FILE, OPTConfig
 from opt_core.config.presets import PRESETS
 from opt_core.generation import GENERATION_FILE
@@ -157,8 +156,7 @@ def _companions(beside: Path) -> list[Path]:
 
 
 def _limit(row: Format, size: int | str | None) -> int:
-    shards = any(name.endswith(INDEX_ENDING) for name in row.files)
-    if size is not None and not shards:
+    if size is not None and not row.shards:
         raise ValueError(f"the format {row.name} has no shards: leave out max_shard_size={size!r}")
     return size_in_bytes(DEFAULT_SHARD_SIZE if size is None else size)
 

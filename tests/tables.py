@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from conversion import FORMATS, LOSSES
+from opt_core.checkpoint.saving import INDEX_ENDING
 from opt_core.config import PRESETS, OPTConfig
 from opt_core.weights import count_parameters
 
@@ -35,7 +37,24 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"sizes": sizes}
+def formats() -> str:
+    """Every format: what it is, its word for `--to`, its files, and what it needs."""
+    lines = ["| format | `--to` | files | shards | needs |", "|---|---|---|---|---|"]
+    for row in FORMATS:
+        files = ", ".join(f"`{name}`" for name in row.files if not name.endswith(INDEX_ENDING))
+        shards = "yes" if row.shards else "no"
+        needs = f"`optlm[{row.extra}]`" if row.extra else ""
+        lines.append(f"| {row.title} | `{row.name}` | {files} | {shards} | {needs} |")
+    return "\n".join(lines)
+
+
+def losses() -> str:
+    """Every loss that may be allowed."""
+    lines = ["| `--allow` | what it is |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {said} |" for name, said in LOSSES.items())])
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"sizes": sizes, "formats": formats, "losses": losses}
 
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -83,7 +83,9 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"optlm {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["inspect"], ["verify"], ["eval"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["generate"], ["inspect"], ["verify"], ["convert"], ["eval"]]
+)
 def test_every_command_explains_itself(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:

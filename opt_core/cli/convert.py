@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         to=options.to,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        config=options.config,
+        config=None if options.config is None else sources.named_source(options.config),
         allow=options.allow,
     )
     out.print(terminal.pairs(_planned(planned)))

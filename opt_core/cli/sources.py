@@ -67,7 +67,7 @@ def locate(
         HubError: there is no such path, or the repository cannot be read.
     """
     hub_options = _hub_options(options)
-    return _located(_source(options.checkpoint), companions, before=before, **hub_options)
+    return _located(named_source(options.checkpoint), companions, before=before, **hub_options)
 
 
 def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -80,7 +80,7 @@ def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
 
     only = options.local_files_only
     a, b = (
-        _located(_source(named), COMPANIONS, revision=revision, local_files_only=only)
+        _located(named_source(named), COMPANIONS, revision=revision, local_files_only=only)
         for named, revision in ((options.a, options.revision_a), (options.b, options.revision_b))
     )
     return a, b
@@ -110,10 +110,11 @@ def tokenizer(options: argparse.Namespace) -> OPTTokenizer:
     """
     from opt_core.tokenizer import OPTTokenizer
 
-    return OPTTokenizer.from_pretrained(_source(options.checkpoint), **_hub_options(options))
+    return OPTTokenizer.from_pretrained(named_source(options.checkpoint), **_hub_options(options))
 
 
-def _source(named: str) -> str | Path:
+def named_source(named: str) -> str | Path:
+    """What a command line names: as it is, or the checkpoint that ships."""
     if named != SHIPPED or Path(named).exists():
         return named
     from opt_core.assets import TINY_OPT

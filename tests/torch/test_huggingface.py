@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conversion import convert
 from opt_core.config import OPTConfig
 from opt_core.weights import Head
 from tests.cases import (
@@ -26,6 +27,7 @@ from tests.cases import (
     tiny,
     words,
 )
+from tests.test_convert import make
 from tests.tolerances import TIMES_TRANSFORMERS, assert_near, error
 from tests.wings import Wing
 
@@ -109,6 +111,24 @@ def test_transformers_opens_half_precision_files(
     ids = words(2, 5)
     found, right = wing.call(model, input_ids=ids).logits, call(other, input_ids=ids).logits
     assert_near(found, numbers(right), "half")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pytorch"])
+@pytest.mark.parametrize("size", ["5GB", "4KB"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_opens_what_is_converted(
+    tmp_path: Path, to: str, size: str, dtype: str
+) -> None:
+    for head in HEADS:
+        for switch in ("pre_norm", "post_norm_projected", "untied"):
+            config, folder = tiny(**SWITCHES[switch]), tmp_path / f"{head.value}-{switch}"
+            weights = make(folder / "a", config, head)
+            convert(folder / "a", folder / "b", to="flax", dtype=dtype)
+            convert(folder / "b", folder / "c", to=to, max_shard_size=size)
+            other = theirs(head, folder / "c", dtype="auto")
+            assert str(other.dtype) == f"torch.{dtype}"
+            rounded = {k: torch.from_numpy(v).to(other.dtype) for k, v in weights.items()}
+            assert_same_weights(other, {k: numbers(v) for k, v in rounded.items()}, head)
 
 
 @pytest.mark.parametrize("head", HEADS)

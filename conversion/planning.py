@@ -125,11 +125,7 @@ def plan(
     pieces = [
         *row.pieces(stored, limit, written, head),
         text(CONFIG_FILE, written.to_json_string().encode()),
-        *(
-            text(name, (beside / name).read_bytes())
-            for name in COMPANIONS
-            if (beside / name).is_file()
-        ),
+        *(text(path.name, path.read_bytes()) for path in _companions(beside)),
     ]
     return Plan(
         checkpoint,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion import format_named, open_checkpoint, open_pretrained
+from conversion import convert, format_named, open_checkpoint, open_pretrained
 from conversion.metaseq import config_of, without_padding
 from opt_core.checkpoint import (
     Checkpoint,
@@ -540,6 +540,17 @@ def test_there_is_no_configuration_without_the_tensors_that_tell_the_sizes(tmp_p
     assert config_of(path) is None
 
 
+def test_a_conversion_needs_no_configuration_where_the_files_tell_it(tmp_path: Path) -> None:
+    states = made.parts_of(STATE, 2)
+    made.save_parts(tmp_path / "told", states, cfg={"model": settings()})
+    convert(tmp_path / "told", tmp_path / "made", to="safetensors")
+    config = OPTConfig.from_pretrained(tmp_path / "made")
+    assert (config.num_attention_heads, config.hidden_size, config.vocab_size) == (12, 24, 48)
+    made.save_parts(tmp_path / "silent", states)
+    with pytest.raises(CheckpointNotFound, match=r"config\.json.*--config takes a file"):
+        convert(tmp_path / "silent", tmp_path / "other", to="safetensors")
+
+
 # What else is in a file
 
 
@@ -592,12 +603,21 @@ def test_nothing_in_a_file_runs_wherever_it_is(
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ({"model": {"x": argparse.Namespace()}}, r"'x' is no tensor but a argparse\.Namespace;"),
-        ({"model": {"x": argparse.Namespace}}, r"'x' is no tensor but a argparse\.Namespace;"),
+        (
+            {"model": {"x": argparse.Namespace()}},
+            r"'x' is no tensor but an object of argparse\.Namespace;",
+        ),
+        (
+            {"model": {"x": argparse.Namespace}},
+            r"'x' is no tensor but an object of argparse\.Namespace;",
+        ),
         ({"model": {"x": {}}}, "'x' is no tensor but a dict of 0 entries"),
         ({"model": {3: torch.zeros(1)}}, "an entry is called 3, expected the name"),
-        ({"model": argparse.Namespace()}, "'model' is no tensor but a argparse"),
-        (argparse.Namespace(), "holds a argparse.Namespace, expected a state dict of tensors"),
+        ({"model": argparse.Namespace()}, "'model' is no tensor but an object of argparse"),
+        (
+            argparse.Namespace(),
+            "holds an object of argparse.Namespace, expected a state dict of tensors",
+        ),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any, fault: str) -> None:

@@ -89,7 +89,7 @@ def _tensor(file: StoredFile, key: str, value: object) -> StoredTensor:
 
 def _described(value: object) -> str:
     if isinstance(value, Foreign | ForeignClass):
-        return f"a {value.name}"
+        return f"an object of {value.name}"
     inside = f" of {len(value)} entries" if isinstance(value, dict) else ""
     return f"a {type(value).__name__}{inside}"
 

@@ -103,8 +103,7 @@ def _write_safetensors(path: Path, tensors: Tensors, count: Count) -> None:
 
 def _read_orbax(folder: Path) -> Contents:
     tensors = read_orbax(folder)
-    files = {file.path: None for tensor in tensors.values() for file in tensor.files}
-    return Contents(tensors, tuple(files))
+    return Contents(tensors, tuple(path for path in sorted(folder.rglob("*")) if path.is_file()))
 
 
 def _read_numpy(folder: Path) -> Contents:

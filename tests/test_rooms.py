@@ -153,7 +153,7 @@ def test_attention_and_decoder_import_no_room_that_stands_on_them() -> None:
 
 
 def test_importing_core_and_conversion_imports_no_framework() -> None:
-    watched = sorted(FRAMEWORKS | set(WINGS) | {"transformers", "h5py"})
+    watched = sorted(FRAMEWORKS | set(WINGS) | {"transformers", "h5py", "msgpack", "tensorstore"})
     code = f"import opt_core, conversion, sys; print([m for m in {watched} if m in sys.modules])"
     done = run(code)
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -93,17 +93,16 @@ def read_orbax(folder: Path) -> dict[str, OrbaxTensor]:
     tree = _read_tree(folder)
     files = _files(folder)
     opened = _opened(ts, folder, tree, ts.Context(_limits(0)))
-    _check_sizes(folder, tree, opened, files)
+    _check_sizes(folder, tree, opened, sum(file.size for file in files[""]))
     # Again, now that it is known how much a run of reads needs at a time.
     room = max((_room(store) for store in opened.values()), default=0)
     opened = _opened(ts, folder, tree, ts.Context(_limits(room + _SPARE_BYTES)))
-    return {
-        name: OrbaxTensor(
-            folder, name, tuple(store.shape), store.dtype.numpy_dtype, store,
-            tuple(files if tree.is_database else _inside(files, folder / tree.arrays[name].place)),
-        )
-        for name, store in opened.items()
-    }  # fmt: skip
+    found = {}
+    for name, store in opened.items():
+        shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
+        held_by = files.get("" if tree.is_database else tree.arrays[name].place, ())
+        found[name] = OrbaxTensor(folder, name, shape, dtype, store, held_by)
+    return found
 
 
 def import_tensorstore() -> ModuleType:
@@ -174,17 +173,20 @@ def _entry(path: Path, entry: object) -> tuple[list[str], object, object]:
     return keys, kind, shape
 
 
-def _files(folder: Path) -> list[StoredFile]:
-    """Every file of the folder as it is now; a pipe or a device could be read for ever."""
-    paths = [Path(above) / name for above, _, names in os.walk(folder) for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointUnsafe(f"{path} is no regular file; nothing in it was read")
-    return [stored_file(path) for path in paths]
+def _files(folder: Path) -> dict[str, tuple[StoredFile, ...]]:
+    """The files of each folder in this one as they are now, and under "" all of them.
 
-
-def _inside(files: list[StoredFile], folder: Path) -> list[StoredFile]:
-    return [file for file in files if folder in file.path.parents]
+    A pipe or a device could be read for ever, and is refused.
+    """
+    found: dict[str, list[StoredFile]] = {"": []}
+    for above, _, names in os.walk(folder):
+        for path in (Path(above) / name for name in names):
+            if not path.is_file():
+                raise CheckpointUnsafe(f"{path} is no regular file; nothing in it was read")
+            file = stored_file(path)
+            found[""].append(file)
+            found.setdefault(path.relative_to(folder).parts[0], []).append(file)
+    return {name: tuple(files) for name, files in found.items()}
 
 
 def _limits(cache_bytes: int) -> dict[str, dict[str, int]]:
@@ -221,11 +223,9 @@ def _opened(ts: ModuleType, folder: Path, tree: _Tree, context: Any) -> dict[str
     return found
 
 
-def _check_sizes(
-    folder: Path, tree: _Tree, opened: Mapping[str, Any], files: list[StoredFile]
-) -> None:
+def _check_sizes(folder: Path, tree: _Tree, opened: Mapping[str, Any], size_bytes: int) -> None:
     """CheckpointDamaged if a size is not what the tree says, or more than the files could hold."""
-    most = sum(file.size for file in files) * _MOST_EXPANSION
+    most = size_bytes * _MOST_EXPANSION
     for name, store in opened.items():
         said = tree.arrays[name].shape
         if said is not None and said != list(store.shape):

@@ -158,7 +158,9 @@ def main(target: Target) -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
-    parser.add_argument("--folder", type=Path, help="keep the last input here, and those that failed")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the last input here, and those that failed"
+    )
     given = parser.parse_args()
     faulthandler.enable()
     begun = time.monotonic()

@@ -303,6 +303,13 @@ def set_first(shards: list[dict[str, Any]], key: str, value: Any) -> None:
         run[key] = [value, *run[key][1:]]
 
 
+def add_shape(shards: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
+    """Puts one more tensor at the end of a run, alike in all shards."""
+    for shard in shards:
+        run = described(shard)
+        run["names"], run["shapes"] = [*run["names"], "more"], [*run["shapes"], shape]
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -327,6 +334,7 @@ def set_first(shards: list[dict[str, Any]], key: str, value: Any) -> None:
         (lambda s: set_first(s, "shapes", (1 << 63,)), "that is no number"),
         (lambda s: set_first(s, "shapes", (-1, -1)), "that is no number"),
         (lambda s: set_first(s, "shapes", (1,) * 65), "no list of numbers"),
+        (lambda s: add_shape(s, (0, 1 << 60)), "no array can be: of 2 axes"),
         (lambda s: set_first(s, "shapes", 7), "a shape is no list of numb"),
         (lambda s: described(s[0]).update(padding=10**9), "should be one flat run with 1000000000"),
         (lambda s: described(s[0]).update(padding=-1), "do not fit each other"),

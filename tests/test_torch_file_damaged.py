@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion import read_torch_file
+from conversion import open_checkpoint, read_torch_file
 from conversion.torch_file import LEGACY_START
 from conversion.torch_file.pickles import Pickles
 from opt_core.checkpoint import (
@@ -218,6 +218,28 @@ def test_a_tensor_that_its_storage_cannot_hold_is_refused(
     with pytest.raises(CheckpointDamaged, match=re.escape(fault)) as caught:
         read_torch_file(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_step_along_an_axis_of_length_one_means_nothing(tmp_path: Path) -> None:
+    far = b"\x8a\x08" + struct.pack("<q", 1 << 62)
+    pickled = tensor(view=b"K\x00" + b"K\x01K\x02\x86" + far + b"K\x02\x86")
+    path = archive(tmp_path / "x.bin", pickled, data_0=np.arange(4, dtype=np.float32).tobytes())
+    found = read_torch_file(path)["x"]
+    assert found.read().tolist() == found.map().tolist() == [[0, 2]]
+    assert found.read(slice(1, 2), axis=1).tolist() == [[2]]
+
+
+def test_a_shape_that_no_array_can_have_is_refused_though_it_holds_nothing(tmp_path: Path) -> None:
+    wide = b"\x8a\x08" + struct.pack("<q", 1 << 60)
+    empty = STORAGE.replace(b"K\x04", b"K\x00")
+    pickled = tensor(storage=empty, view=b"K\x00K\x00" + wide + b"\x86" + b"K\x01K\x01\x86")
+    path = archive(tmp_path / "x.bin", pickled, data_0=b"")
+    with pytest.raises(CheckpointDamaged, match=r"x\.bin holds a tensor that no array can be"):
+        read_torch_file(path)
+    header = b'{"x": {"dtype": "F32", "shape": [0, 1152921504606846976], "data_offsets": [0, 0]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointDamaged, match=r"x\.safetensors"):
+        open_checkpoint(tmp_path / "x.safetensors")
 
 
 # Archives

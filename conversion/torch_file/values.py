@@ -78,12 +78,11 @@ class View:
         return StoredTensor(file, start, self.shape, self.dtype, self._strides_if_unusual())
 
     def _strides_if_unusual(self) -> tuple[int, ...] | None:
-        expected = 1
-        for n, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if n != 1 and step != expected:
-                return self.strides
-            expected *= n
-        return None
+        """The strides, unless they are those of C order; any will do for an axis of length 1."""
+        usual = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        axes = zip(self.shape, self.strides, usual, strict=True)
+        strides = [step if n != 1 else other for n, step, other in axes]
+        return None if strides == usual else tuple(strides)
 
 
 class Storages:

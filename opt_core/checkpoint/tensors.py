@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 _FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+_MOST_AXES, _MOST_VALUES = 64, 1 << 59  # NumPy's limits, for values of up to eight bytes
 _PIECE_BYTES = 128 * 1024  # as far as Linux reads ahead; fits the cache of every core
 
 
@@ -133,7 +134,7 @@ class StoredTensor:
     """Where a tensor's bytes lie in a file, not the bytes.
 
     `strides` count elements; None is C order. Raises CheckpointDamaged when the bytes would lie
-    beyond the end of the file.
+    beyond the end of the file, or when no array can have the shape.
     """
 
     file: StoredFile
@@ -143,6 +144,12 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        # NumPy refuses lengths that it could not address, even if another length is 0.
+        if len(self.shape) > _MOST_AXES or math.prod(n or 1 for n in self.shape) > _MOST_VALUES:
+            raise CheckpointDamaged(
+                f"{self.path} holds a tensor that no array can be: of {len(self.shape)} axes "
+                f"and the shape {str(self.shape)[:200]}"
+            )
         end = self.offset + self._extent(self.shape) * self.dtype.itemsize
         if self.offset < 0 or end > self.file.size:
             raise CheckpointDamaged(

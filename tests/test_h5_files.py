@@ -387,6 +387,33 @@ def test_sizes_that_a_file_merely_claims_take_no_memory(tmp_path: Path) -> None:
     assert peak < 2**20
 
 
+def test_a_header_without_end_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    count, size = 16, 2**20 - 16
+
+    def following(number: int) -> bytes:
+        return struct.pack("<BHBQQ", 0x10, 16, 0, 256 + number * size, size)
+
+    head = b"\x89HDF\r\n\x1a\n" + bytes([2, 8, 8, 0])
+    head += struct.pack("<4Q", 0, 2**64 - 1, 256 + count * size, 96)
+    first = b"OHDR" + bytes([2, 0, 20]) + following(0)
+    content = head.ljust(96, b"\0") + first.ljust(160, b"\0")
+    for number in range(count):
+        content += (b"OCHK" + following(number + 1)).ljust(size, b"\0")
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match="its structure takes more than"):
+        read_tf(tmp_path / FILE)
+
+
+def test_paths_that_multiply_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    def fill(file: Any) -> None:
+        group = file.create_group("/".join(["long" * 250] * 25))
+        for number in range(3000):
+            group.create_group(f"{number}")
+
+    with pytest.raises(CheckpointDamaged, match="its structure takes more than"):
+        read_tf(made(tmp_path / FILE, fill))
+
+
 def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path, sound: bytes) -> None:
     path = tmp_path / FILE
     path.write_bytes(sound)

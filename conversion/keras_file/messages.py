@@ -18,7 +18,8 @@ UNDEFINED = (1 << 64) - 1  # an address that is none
 SPACE, LINK_INFO, TYPE, EXTERNAL, LINK, LAYOUT = 0x01, 0x02, 0x03, 0x07, 0x06, 0x08
 ATTRIBUTE, CONTINUATION, TABLE = 0x0C, 0x10, 0x11
 
-_MOST_STRUCTURE = 1 << 25  # bytes in all; a tensor of a sound file takes about 1000
+_MOST_STRUCTURE = 1 << 26  # bytes in all; a tensor of a sound file takes about 3000
+_ITEM_BYTES = 128  # what a message or an entry costs in memory, besides its text
 _LARGEST_BLOCK = 1 << 20
 _MOST_AXES = 32  # of HDF5
 _SHARED = 2  # a flag: the message lies elsewhere
@@ -66,15 +67,21 @@ class Region:
 
     def take(self, address: int, size: int) -> bytes:
         """`size` bytes of structure at an address."""
-        if not 0 <= size <= _LARGEST_BLOCK or size > self._left:
+        if not 0 <= size <= _LARGEST_BLOCK:
             self.damaged(f"it claims {size} bytes of structure at byte {address}")
         if address + size > self.size:
             self.damaged(f"it leads to byte {address + size}, but has {self.size}")
-        self._left -= size
+        self.spend(size)
         data = os.pread(self._handle.fileno(), size, self.start + address)
         if len(data) != size:
             self.damaged("it was cut short while it was read")
         return data
+
+    def spend(self, size: int = _ITEM_BYTES) -> None:
+        """Counts bytes of structure, or of what is made of it, against what a file may take."""
+        self._left -= size
+        if self._left < 0:
+            self.damaged(f"its structure takes more than {_MOST_STRUCTURE} bytes")
 
     def damaged(self, fault: str) -> NoReturn:
         """Raises CheckpointDamaged with the file's name."""
@@ -100,6 +107,7 @@ def messages(region: Region, address: int) -> Iterator[Message]:
     while pending:
         place, size = pending.pop()
         for message in _old_block(place, region.take(place, size)):
+            region.spend()
             count -= 1
             if message.kind == CONTINUATION:
                 pending.append(_continued(region, message))
@@ -112,8 +120,9 @@ def _old_block(place: int, data: bytes) -> Iterator[Message]:
     position = 0
     while position + 8 <= len(data):
         kind, size, flags = struct.unpack_from("<HHB", data, position)
-        yield _message(kind, place + position + 8, data[position + 8 :][:size], size, flags)
-        position += 8 + size
+        position += 8
+        yield _message(kind, place + position, data[position : position + size], size, flags)
+        position += size
 
 
 def _new_header(region: Region, address: int, start: bytes) -> Iterator[Message]:
@@ -127,6 +136,7 @@ def _new_header(region: Region, address: int, start: bytes) -> Iterator[Message]
     while pending:
         place, size = pending.pop()
         for message in _new_block(place, region.take(place, size), bool(flags & 4)):
+            region.spend()
             if message.kind == CONTINUATION:
                 other, size = _continued(region, message)
                 if size < 8 or region.take(other, 4) != b"OCHK":
@@ -140,7 +150,7 @@ def _new_block(place: int, data: bytes, numbered: bool) -> Iterator[Message]:
     while position + head <= len(data):
         kind, size, flags = struct.unpack_from("<BHB", data, position)
         position += head
-        yield _message(kind, place + position, data[position:][:size], size, flags)
+        yield _message(kind, place + position, data[position : position + size], size, flags)
         position += size
 
 
@@ -242,4 +252,4 @@ def _from_heap(region: Region, address: int, index: int) -> bytes:
     while found != index:
         position += 16 + length + -length % 8
         found, length = struct.unpack_from("<H6xQ", data, position)
-    return data[position + 16 :][:length]
+    return data[position + 16 : position + 16 + length]

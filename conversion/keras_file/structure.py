@@ -107,6 +107,8 @@ def _walk(region: Region, root: int) -> Structure:
         else:
             for entry in _children(region, path, found):
                 inner = f"{path}/{entry.name}" if path else entry.name
+                region.spend()
+                region.spend(len(inner))
                 pending.append((inner, entry.address, depth + 1))
     return structure
 

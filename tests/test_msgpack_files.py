@@ -244,6 +244,7 @@ GOOD = array(described(b"\x91\x01"))
         (b"\x81\xa1x\xda\xff\xff", "it is cut short"),
         (b"\x81\xa1x" * 70 + b"\x80", "it holds more, or deeper, maps than any model"),
         (b"\x81\xa1x" + b"\x91" * 100_000, "it holds more, or deeper, maps than any model"),
+        (b"\x81\xa1x\xdd\x00\x02\x00\x00" + b"\xc0" * 2**17, "more, or deeper, maps than any"),
         (b"\x81\xa1x\xc9\xff\xff\xff\xff\x01", "'x' takes 4294967295 bytes, 0 are left"),
         (array(b"12345678", kind=2), "entry 'x' is no tensor but a NoneType"),
         (array(b"\xc0"), "'x' is no shape, type and bytes"),

@@ -126,6 +126,7 @@ def entry(*keys: object, kind: object = "np.ndarray") -> dict[str, Any]:
         ({"tree_metadata": {"a": entry("")}}, CheckpointDamaged, "an entry has keys"),
         ({"tree_metadata": {"a": entry("x", kind="string")}}, CheckpointDamaged, "type 'string'"),
         ({"tree_metadata": {"a": entry("x"), "b": entry("x")}}, CheckpointDamaged, "'x' twice"),
+        ({"tree_metadata": {"a": entry("x.y"), "b": entry("x", "y")}}, CheckpointDamaged, "twice"),
         ({"tree_metadata": {"a": entry("../../x")}}, CheckpointUnsafe, "would lead out of the"),
         ({"tree_metadata": {"a": entry(".")}}, CheckpointUnsafe, "would lead out of the folder"),
         ({"tree_metadata": {"a": entry(".", "")}}, CheckpointDamaged, "an entry has keys"),
@@ -145,6 +146,9 @@ def test_a_tree_that_is_none_or_leads_outside_is_refused(
 def test_a_folder_without_a_tree_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params").mkdir()
     with pytest.raises(CheckpointNotFound, match=r"there is no file .*params/_METADATA"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "params/_METADATA").write_text(" " * 2**23 + "{}")
+    with pytest.raises(CheckpointDamaged, match="of 8388610 bytes is no description of a tree"):
         open_checkpoint(tmp_path)
     (tmp_path / "params/_METADATA").write_text("[" * 100_000)
     with pytest.raises(CheckpointDamaged, match="_METADATA: it is no valid JSON"):

@@ -28,7 +28,7 @@ from opt_core.checkpoint import (
 CHUNKED = "__msgpack_chunked_array__"
 NDARRAY, SCALAR = 1, 3  # Flax's types of extensions that hold an array
 _MOST_AXES = 32
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 100_000
 _DEEPEST = 64
 _LONGEST_KEY = 1024
 _BUFFER_BYTES = 4096  # what lies between two tensors, and little of their bytes

@@ -26,7 +26,7 @@ MANIFEST_FILE = "manifest.ocdbt"
 STRIPE_BYTES = 128 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray"}
 _MOST_EXPANSION = 2**15  # zstd: four bytes may stand for a block of 128 KiB
-_LARGEST_TREE = 64 * 2**20
+_LARGEST_TREE = 8 * 2**20
 _SPARE_BYTES = 2**20  # for what a cache keeps beside values: too small by a byte, it keeps none
 #: What tensorstore raises for files that it cannot use.
 _FAULTS = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, OSError, MemoryError)
@@ -142,13 +142,15 @@ def _read_tree(folder: Path) -> _Tree:
     if not isinstance(entries, dict):
         raise CheckpointDamaged(f"{path} has no tree_metadata, which says what the folder holds")
     arrays: dict[str, _Described] = {}
+    places: set[str] = set()
     for entry in entries.values():
         keys, kind, shape = _entry(path, entry)
-        name = "/".join(keys)
-        if name in arrays:
+        name, place = "/".join(keys), ".".join(keys)
+        if place in places:
             raise CheckpointDamaged(f"{path} names {name!r} twice")
+        places.add(place)
         if kind in _ARRAYS:
-            arrays[name] = _Described(".".join(keys), shape)
+            arrays[name] = _Described(place, shape)
         elif is_weight(name):
             raise CheckpointDamaged(f"{path}: {name!r} is no array but of type {str(kind)[:80]!r}")
     return _Tree(arrays, (folder / MANIFEST_FILE).is_file(), 3 if said.get("use_zarr3") else 2)

@@ -173,7 +173,10 @@ def shape_of(data: bytes) -> tuple[int, ...]:
     version, axes = data[0], data[1]
     if version not in (1, 2) or axes > _MOST_AXES or (version == 2 and data[3] == 2):
         raise ValueError(f"a data space has version {version} and {axes} axes")
-    return struct.unpack_from(f"<{axes}Q", data, 8 if version == 1 else 4)
+    shape = struct.unpack_from(f"<{axes}Q", data, 8 if version == 1 else 4)
+    if math.prod(n or 1 for n in shape) >> 48:  # more than NumPy takes, even of no values at all
+        raise ValueError(f"a data space has the shape {shape}")
+    return shape
 
 
 def dtype_of(data: bytes) -> np.dtype[Any]:

@@ -59,7 +59,7 @@ def read_structure(file: StoredFile, start: int = 0, size: int | None = None) ->
             structure = _walk(region, _root(region))
         except CheckpointError:
             raise
-        except (struct.error, IndexError, ValueError) as fault:
+        except (struct.error, IndexError, OverflowError, ValueError) as fault:
             raise CheckpointDamaged(
                 f"{file.path} is damaged or no sound HDF5 file: {fault}"
             ) from fault

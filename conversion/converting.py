@@ -8,11 +8,11 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.formats import FORMATS, open_checkpoint
-from conversion.losses import LOSSES, Losses
+from conversion.losses import LOSSES, Losses, watched
 from conversion.pieces import Count
 from conversion.planning import COMPANIONS, Plan, plan
 from conversion.staging import Staging, open_staging, restore
@@ -107,6 +107,7 @@ def carry_out(
         _check_room(plan, left)
         count(plan.size - left)
         _write(plan, staging, count)
+        staging.commit()
         if check:
             compare(plan, staging.files, count)
         staging.place()
@@ -179,7 +180,7 @@ def _write(plan: Plan, staging: Staging, count: Count) -> None:
         if piece.name in staging.finished:
             _recall(plan.losses, staging.finished[piece.name])
             continue
-        with staging.piece(piece.name) as (path, note):
+        with staging.piece(piece.name, piece.size) as (path, note):
             before = {loss: dict(found) for loss, found in plan.losses.found.items()}
             piece.make(path, count)
             note.update(_since(before, plan.losses))
@@ -203,8 +204,9 @@ def _recall(losses: Losses, note: dict[str, dict[str, int]]) -> None:
 def compare(plan: Plan, folder: Path, count: Count) -> None:
     """Raises CheckpointDamaged unless the files in `folder` hold the plan's tensors, bit by bit."""
     written = open_checkpoint(folder).tensors
-    for name, tensor in plan.tensors.items():
-        wanted = replace(tensor, losses=Losses(LOSSES))  # told of already, when it was written
+    told = Losses(LOSSES)  # what is lost was said when it was written
+    for name, source in plan.sources.items():
+        wanted = watched(name, source, plan.tensors[name].dtype, told)
         found = written.get(name)
         if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise CheckpointDamaged(f"tensor {name!r} was not written as it should have been")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from conversion.views import rounded, transposed
+from conversion.views import Transposed, rounded
 from opt_core.checkpoint import Array, CheckpointError, TensorSource, block_bytes, is_finite
 
 #: The losses that can be allowed, and what each is.
@@ -50,6 +50,13 @@ class Losses:
         self.found.setdefault(loss, Counter())[tensor] += count
 
 
+def watched(name: str, source: TensorSource, dtype: np.dtype[Any], losses: Losses) -> TensorSource:
+    """A tensor whose values are looked at as they come from the file, before they are turned."""
+    if isinstance(source, Transposed):
+        return Transposed(Watched(name, source.source, dtype, losses))
+    return Watched(name, source, dtype, losses)
+
+
 @dataclass(frozen=True)
 class Watched:
     """A tensor whose values are looked at as they are read, and cast if another type is wanted."""
@@ -68,10 +75,6 @@ class Watched:
     def block_bytes(self) -> int:
         """That of the source."""
         return block_bytes(self.source)
-
-    def turned(self) -> TensorSource:
-        """The same with its axes exchanged."""
-        return replace(self, source=transposed(self.source))
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
         """The values, or those of `part` of one axis.

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from conversion.formats import Format, format_named, open_checkpoint
-from conversion.losses import Losses, Watched
+from conversion.losses import Losses, watched
 from conversion.metaseq import config_of, without_padding
 from conversion.pieces import Piece, text
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_in_bytes
@@ -53,8 +53,10 @@ class Plan:
     head: Head
     target: Path
     format: Format
-    #: Canonical name to tensor, of the type to be written; in the order of the weight table.
-    tensors: Mapping[str, Watched]
+    #: Canonical name to tensor of the source, in the order of the weight table.
+    sources: Mapping[str, TensorSource]
+    #: The same as they are written: of the type that is wanted, and looked at on the way.
+    tensors: Mapping[str, TensorSource]
     pieces: tuple[Piece, ...]
     losses: Losses
     #: What else a user should know before it starts.
@@ -113,9 +115,10 @@ def plan(
     found = _configuration(beside, config, checkpoint)
     checkpoint = without_padding(checkpoint, found)
     head = head_in(found, checkpoint.tensors)
+    sources = _matched(checkpoint, found, head, losses)
     tensors = {
-        name: Watched(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, losses)
-        for name, tensor in _matched(checkpoint, found, head, losses).items()
+        name: watched(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, losses)
+        for name, tensor in sources.items()
     }
     types = {str(tensor.dtype) for tensor in tensors.values()}
     written = found.replace(
@@ -133,10 +136,11 @@ def plan(
         head,
         target,
         row,
+        sources,
         tensors,
         tuple(pieces),
         losses,
-        tuple(_notes(checkpoint, tensors, losses)),
+        tuple(_notes(checkpoint, sources, tensors, losses)),
     )
 
 
@@ -203,11 +207,17 @@ def _matched(
     return matched.sources
 
 
-def _notes(checkpoint: Checkpoint, tensors: Mapping[str, Watched], losses: Losses) -> list[str]:
+def _notes(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorSource],
+    losses: Losses,
+) -> list[str]:
     notes = [f"allowed: {loss}: {', '.join(found)}" for loss, found in losses.found.items()]
-    rounded = [t for t in tensors.values() if not np.can_cast(t.source.dtype, t.dtype, "safe")]
+    types = [(source.dtype, tensors[name].dtype) for name, source in sources.items()]
+    rounded = [f"{a} to {b}" for a, b in types if not np.can_cast(a, b, "safe")]
     if rounded:
-        kinds = sorted({f"{t.source.dtype} to {t.dtype}" for t in rounded})
+        kinds = sorted(set(rounded))
         notes.append(f"{len(rounded)} tensors are rounded, from {', '.join(kinds)}")
     if checkpoint.left_out:
         notes.append(

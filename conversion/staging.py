@@ -21,6 +21,7 @@ from opt_core.checkpoint import write_file
 _JOURNAL = "journal.json"
 _LOCK = "lock"
 _PARTIAL = ".partial"
+_COMMIT_BYTES = 256 * 1024 * 1024  # what a kill may cost
 
 
 class Staging:
@@ -31,6 +32,8 @@ class Staging:
         self.folder = target.with_name(f".{target.name}.converting")
         self.files = self.folder / "files"
         self._journal: dict[str, Any] = {}
+        self._fresh: dict[str, dict[str, Any]] = {}
+        self._fresh_bytes = 0
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -62,32 +65,58 @@ class Staging:
         self._write_journal()
 
     @contextmanager
-    def piece(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Where to create a piece, and a dictionary for what is to be noted of it."""
+    def piece(self, name: str, size: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Where to create a piece of `size` bytes, and a dictionary for what to note of it."""
         partial = self.files / (name + _PARTIAL)
         note: dict[str, Any] = {}
         try:
             yield partial, note
-            for path in [*_files_below(partial)]:
-                _sync(path)
-            os.rename(partial, self.files / name)
-            _sync(self.files)
         except BaseException:
             _remove(partial)
             raise
-        self.finished[name] = note
+        self._fresh[name] = note
+        self._fresh_bytes += size
+        if self._fresh_bytes >= _COMMIT_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Bring the latest pieces to the disk, give them their names, and enter them as finished.
+
+        Many small ones at once: each would wait for the disk three times.
+        """
+        for name in self._fresh:
+            for path in _files_below(self.files / (name + _PARTIAL)):
+                _sync(path)
+        for name in self._fresh:
+            os.rename(self.files / (name + _PARTIAL), self.files / name)
+        _sync(self.files)
+        self.finished.update(self._fresh)
         self._write_journal()
+        self._fresh, self._fresh_bytes = {}, 0
 
     def place(self) -> None:
         """Put the folder into place; what is there goes aside first, and then away."""
+        self.commit()
         if os.path.lexists(self.target):
             os.rename(self.target, _aside(self.target))
         os.rename(self.files, self.target)
         _sync(self.target.parent)
         _remove(_aside(self.target))
 
+    def rescue(self) -> int:
+        """Keep what is complete for the next run, if the disk still takes it; how many pieces."""
+        if not self._journal:
+            return 0
+        try:
+            self.commit()
+        except OSError:
+            return 0
+        return len(self.finished)
+
     def discard(self) -> None:
-        """Remove all of it."""
+        """Remove all of it, the journal last: it tells the next run what has been done."""
+        _remove(self.files)
+        _remove(self.folder / _LOCK)
         _remove(self.folder)
 
     def _read_journal(self) -> dict[str, Any]:
@@ -129,12 +158,12 @@ def open_staging(target: Path) -> Iterator[Staging]:
         try:
             yield staging
         except BaseException as error:
-            kept = staging._journal.get("finished")
+            kept = staging.rescue()
             if not kept:
                 staging.discard()
             else:
                 error.add_note(
-                    f"{len(kept)} finished files are kept in {staging.folder}: the same command "
+                    f"{kept} finished files are kept in {staging.folder}: the same command "
                     "goes on from there; remove the folder if it is not wanted"
                 )
             raise

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
-from opt_core.checkpoint import Array, TensorSource
+from opt_core.checkpoint import Array, TensorSource, block_bytes, parts
 
-_ROWS = 64
+# Of the values that a cache line holds, all are used.
+_ROWS, _COLUMNS = 64, 64
 
 
 @dataclass(frozen=True)
@@ -36,35 +38,36 @@ class Transposed:
 
     def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
         """The values, or those of `part` of one axis, in C order in memory of their own."""
-        values = self.source.read(part, axis=1 - axis)
-        turned = np.empty(values.shape[::-1], values.dtype)
-        # A few rows at a time stay in the cache until their columns are written: several times as
-        # fast as NumPy's own copy, which misses the cache at each value.
-        for i in range(0, len(values), _ROWS):
-            turned[:, i : i + _ROWS] = values[i : i + _ROWS].T
-        return turned
+        return _turned(self.source.read(part, axis=1 - axis))
+
+    def blocks(self) -> Iterator[Array]:
+        """Parts of the first axis: small ones, of wide stripes of the source."""
+        for part in parts(self):
+            stripe = self.source.read(part, axis=1)
+            width = max(_COLUMNS, block_bytes(self.source) // max(1, stripe[:, :1].nbytes))
+            for i in range(0, stripe.shape[1], width):
+                yield _turned(stripe[:, i : i + width])
 
     def map(self) -> Array:
         """The values as a view of the source's."""
         return self.source.map().T
 
-    def turned(self) -> TensorSource:
-        """The source: turned twice."""
-        return self.source
 
+def _turned(values: Array) -> Array:
+    """The transpose, copied.
 
-@runtime_checkable
-class Turns(Protocol):
-    """A source that knows a better way to be turned than to copy its values."""
-
-    def turned(self) -> TensorSource:
-        """The same with its axes exchanged."""
-        ...
+    A few rows at a time stay in the cache until their columns are written: several times as fast as
+    NumPy's own copy, which misses the cache at each value.
+    """
+    turned = np.empty(values.shape[::-1], values.dtype)
+    for i in range(0, len(values), _ROWS):
+        turned[:, i : i + _ROWS] = values[i : i + _ROWS].T
+    return turned
 
 
 def transposed(source: TensorSource) -> TensorSource:
-    """The source with its two axes exchanged."""
-    return source.turned() if isinstance(source, Turns) else Transposed(source)
+    """The source with its two axes exchanged; turned twice it is itself."""
+    return source.source if isinstance(source, Transposed) else Transposed(source)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Part:
     axis: int
     start: int
     stop: int
+
+    @property
+    def block_bytes(self) -> int:
+        """That of the source."""
+        return block_bytes(self.source)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,6 +121,11 @@ class Joined:
 
     sources: tuple[TensorSource, ...]
     axis: int
+
+    @property
+    def block_bytes(self) -> int:
+        """The most that a part asks for."""
+        return max(map(block_bytes, self.sources))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     import zipfile
 
 ZIP_START = b"PK\x03\x04"
-#: Bytes of an entry's header before its name, and of what a large entry adds to that.
-HEADER_BYTES, LARGE_BYTES = 30, 20
 
+_HEADER_BYTES = 30  # before the name
 _STORED = 0  # the code of an entry's bytes as they are
 
 
@@ -37,10 +36,10 @@ def entry_offset(file: StoredFile, handle: BinaryIO, entry: zipfile.ZipInfo) -> 
             "Keras write plain entries: unpack the archive, and pack it again with `zip -0 -r`"
         )
     handle.seek(min(max(0, entry.header_offset), file.size))
-    header = handle.read(HEADER_BYTES)
-    if entry.header_offset < 0 or len(header) != HEADER_BYTES or header[:4] != ZIP_START:
+    header = handle.read(_HEADER_BYTES)
+    if entry.header_offset < 0 or len(header) != _HEADER_BYTES or header[:4] != ZIP_START:
         raise CheckpointDamaged(f"{file.path}: entry {entry.filename!r} has no header")
-    offset: int = entry.header_offset + HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
+    offset: int = entry.header_offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26))
     if offset + entry.file_size > file.size:
         raise CheckpointDamaged(
             f"{file.path}: entry {entry.filename!r} of {entry.file_size} bytes at byte {offset} "

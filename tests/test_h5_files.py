@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from conversion import open_checkpoint
 from conversion.keras_file import read_tf
-from conversion.keras_file.writing import Layout, hdf5_blocks
+from conversion.keras_file.writing import Layout, hdf5_file
 from conversion.views import Constant
 from opt_core.checkpoint import CheckpointDamaged
 from opt_core.config import OPTConfig
@@ -188,7 +188,7 @@ def test_writing_takes_no_memory_that_grows_with_the_tensor(tmp_path: Path) -> N
     large = Constant((4096, 16384), np.dtype(np.float32), 1.5)
     tracemalloc.start()
     with (tmp_path / FILE).open("xb") as handle:
-        handle.writelines(hdf5_blocks(Layout({"model/x": large}), lambda size: None))
+        handle.writelines(hdf5_file(Layout({"model/x": large}), lambda size: None)[1])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 80 * 2**20 < 256 * 2**20 <= (tmp_path / FILE).stat().st_size

@@ -114,7 +114,7 @@ def test_sizes_and_places_beyond_four_gigabytes_are_written_as_torch_reads_them(
 ) -> None:
     values = {"large": np.arange(300.0), "small": np.arange(3.0), "last": np.arange(200.0)}
     # Every size and place beyond this takes 64 bits.
-    monkeypatch.setattr("conversion.torch_file.archive._LARGEST", 1000)
+    monkeypatch.setattr("conversion.zip_writing._LARGEST", 1000)
     write_torch_file(tmp_path / "x.bin", held(values), nothing)
     monkeypatch.undo()
     assert b"PK\x06\x06" in (tmp_path / "x.bin").read_bytes()

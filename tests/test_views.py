@@ -97,7 +97,9 @@ def test_a_view_of_views_reads_as_numpy_does(folder: Path, data: st.DataObject) 
 def test_the_blocks_of_a_view_are_its_bytes_in_c_order(folder: Path, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "_BLOCK_BYTES", 24)
-        patch.setattr(Transposed, "block_bytes", 40, raising=False)
+        patch.setattr(StoredTensor, "block_bytes", 16)
+        patch.setattr(Transposed, "block_bytes", 40)
+        patch.setattr("conversion.views._COLUMNS", 2)
         for _ in range(10):
             source, values = data.draw(views(folder))
             assert b"".join(blocks(source)) == values.tobytes()
@@ -106,9 +108,9 @@ def test_the_blocks_of_a_view_are_its_bytes_in_c_order(folder: Path, data: st.Da
 def test_no_block_is_larger_than_asked_for_unless_a_row_is(folder: Path) -> None:
     source = stored(folder, np.zeros((100, 3), np.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "_BLOCK_BYTES", 40)
+        patch.setattr(StoredTensor, "block_bytes", 40)
         assert [len(block) for block in blocks(source)] == [36] * 33 + [12]
-        patch.setattr(saving, "_BLOCK_BYTES", 5)
+        patch.setattr(StoredTensor, "block_bytes", 5)
         assert {len(block) for block in blocks(source)} == {12}
 
 

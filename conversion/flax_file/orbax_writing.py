@@ -39,13 +39,12 @@ def write_orbax(path: Path, tensors: Tensors, count: Count) -> None:
         for name, source in tensors.items()
     }
     stores = {name: opening.result() for name, opening in begun.items()}
-    waiting = _Waiting()
-    for name, source in tensors.items():
-        for part in _parts(source.shape, chunks[name]):
-            values = source.read(part)
-            waiting.write(stores[name] if part is None else stores[name][part], values)
-            count(values.nbytes)
-    waiting.finish()
+    with _Waiting() as waiting:
+        for name, source in tensors.items():
+            for part in _parts(source.shape, chunks[name]):
+                values = source.read(part)
+                waiting.write(stores[name] if part is None else stores[name][part], values)
+                count(values.nbytes)
     for file, content in _descriptions(tensors).items():
         (path / file).parent.mkdir(exist_ok=True)
         (path / file).write_text(json.dumps(content))
@@ -66,6 +65,17 @@ class _Waiting:
     def __init__(self) -> None:
         self._writes: list[Any] = []
         self._bytes = 0
+
+    def __enter__(self) -> _Waiting:
+        return self
+
+    def __exit__(self, kind: object, fault: BaseException | None, _: object) -> None:
+        """Waits in any case: nothing may write into a folder that is being removed."""
+        if fault is None:
+            self.finish()
+        else:
+            for write in self._writes:
+                write.exception()
 
     def write(self, store: Any, values: Array) -> None:
         self._writes.append(store.write(values, can_reference_source_data_indefinitely=True))

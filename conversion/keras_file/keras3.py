@@ -21,10 +21,11 @@ import numpy as np
 
 from conversion.keras_file.structure import HDF5_START, read_structure
 from conversion.keras_file.tf import stored_file
-from conversion.keras_file.writing import Layout, hdf5_blocks
+from conversion.keras_file.writing import Layout, hdf5_file
 from conversion.names import FrameworkRule
 from conversion.pieces import Count, Piece, Tensors, single
-from conversion.zip_file import HEADER_BYTES, LARGE_BYTES, ZIP_START, entry_offset, read_entries
+from conversion.zip_file import ZIP_START, entry_offset, read_entries
+from conversion.zip_writing import Archive
 from opt_core.checkpoint import (
     CheckpointDamaged,
     CheckpointError,
@@ -42,7 +43,6 @@ _BODY = "layers/tfopt_model/"  # where a model with a head keeps the decoder's m
 _LAYER = re.compile(r"/layers/decoder_layer(?:_(\d+))?/")
 _HEAD = re.compile(r"layers/dense(?:_\d+)?(/vars/\d+)")
 _HEADS = ("lm_head", "score", "qa_outputs")
-_ALIGNMENT = 64  # bytes; of the weights in an archive
 _VERSION = "3.12.0"  # the oldest Keras that our models run with
 # The number of a weight in its layer; a layer has at most one of each row.
 _NUMBERS = {"kernel": 0, "gamma": 0, "embeddings": 0, "bias": 1, "beta": 1}
@@ -180,17 +180,12 @@ def keras_pieces(tensors: Tensors, config: OPTConfig, head: Head) -> list[Piece]
 
 
 def _write(handle: BinaryIO, tensors: Tensors, count: Count, config: OPTConfig, head: Head) -> None:
-    import zipfile  # only here: it takes longer to import than a small model to load
-
-    with zipfile.ZipFile(handle, "w") as archive:
-        archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": _VERSION}))
-        described = json.dumps(_description(tensors, config, head)).encode()
-        headers = 2 * HEADER_BYTES + len("config.json") + len(WEIGHTS) + LARGE_BYTES
-        described += b" " * (-(handle.tell() + headers + len(described)) % _ALIGNMENT)
-        archive.writestr(zipfile.ZipInfo("config.json"), described)
-        with archive.open(zipfile.ZipInfo(WEIGHTS), "w", force_zip64=True) as member:
-            for block in hdf5_blocks(_layout(tensors), count):
-                member.write(block)
+    metadata = json.dumps({"keras_version": _VERSION}).encode()
+    described = json.dumps(_description(tensors, config, head)).encode()
+    with Archive(handle) as archive:
+        archive.add("metadata.json", len(metadata), [metadata])
+        archive.add("config.json", len(described), [described])
+        archive.add(WEIGHTS, *hdf5_file(_layout(tensors), count))
 
 
 def _layout(tensors: Tensors) -> Layout:

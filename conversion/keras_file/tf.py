@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from conversion.keras_file.structure import read_structure
-from conversion.keras_file.writing import Layout, hdf5_blocks
+from conversion.keras_file.writing import Layout, hdf5_file
 from conversion.names import FrameworkRule
 from conversion.pieces import Count, Piece, Tensors, sharded
 from opt_core.checkpoint import (
@@ -134,4 +134,4 @@ def _lists(name: str, values: list[str]) -> dict[str, str | list[str]]:
 
 def _write(path: Path, layout: Layout, count: Count) -> None:
     with path.open("xb") as handle:
-        handle.writelines(hdf5_blocks(layout, count))
+        handle.writelines(hdf5_file(layout, count)[1])

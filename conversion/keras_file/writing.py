@@ -32,10 +32,16 @@ class Layout:
     opaque: bool = False
 
 
-def hdf5_blocks(layout: Layout, count: Count) -> Iterator[bytes | memoryview]:
-    """An HDF5 file, piece by piece from its beginning, in the layout of HDF5 1.6 to 1.14."""
+def hdf5_file(layout: Layout, count: Count) -> tuple[int, Iterator[bytes | memoryview]]:
+    """An HDF5 file in the layout of HDF5 1.6 to 1.14: its size, and its bytes piece by piece."""
     pages = _Pages()
     places = _write_structure(pages, layout)
+    return pages.size, _filled(pages, places, count)
+
+
+def _filled(
+    pages: _Pages, places: list[tuple[int, TensorSource]], count: Count
+) -> Iterator[bytes | memoryview]:
     end = 0
     for offset, tensor in sorted(places, key=lambda place: place[0]):
         yield pages.part(end, offset)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from conversion.torch_file.archive import Archive
 from conversion.torch_file.values import STORAGE_DTYPES
+from conversion.zip_writing import Archive
 from opt_core.checkpoint import TensorSource, blocks, size_of
 
 _FOLDER = "archive"  # everything in an archive of PyTorch's lies in one folder

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -282,8 +282,20 @@ def safetensors_blocks(
             count(len(block))
 
 
+@runtime_checkable
+class InBlocks(Protocol):
+    """A source that knows how to hand out its values piece by piece."""
+
+    def blocks(self) -> Iterator[Array]:
+        """Parts of the first axis, in order, each in C order in memory of its own."""
+        ...
+
+
 def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
+    if isinstance(tensor, InBlocks):
+        yield from (values.reshape(-1).view(np.uint8).data for values in tensor.blocks())
+        return
     for part in parts(tensor):
         if isinstance(tensor, np.ndarray | np.generic):
             values: Array = tensor[part] if tensor.shape else np.asarray(tensor)
@@ -307,7 +319,7 @@ def read_part(tensor: TensorSource, part: slice) -> Array:
 
 
 def block_bytes(tensor: Source) -> int:
-    """How many bytes to read at once: a source asks for more where it is costly to cut."""
+    """How many bytes to read at once: what a source asks for, else what memory has room for."""
     return int(getattr(tensor, "block_bytes", _BLOCK_BYTES))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -142,6 +142,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     strides: tuple[int, ...] | None = None
+
+    #: Read, looked at and written while the cache holds it: measured two to three times as fast as
+    #: blocks of a megabyte and more, which go through the memory each time.
+    block_bytes: ClassVar[int] = _PIECE_BYTES
 
     def __post_init__(self) -> None:
         # NumPy refuses lengths that it could not address, even if another length is 0.

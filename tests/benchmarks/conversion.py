@@ -25,6 +25,7 @@ from conversion import FORMATS, convert
 from opt_core.checkpoint import save
 from opt_core.config import OPTConfig
 from opt_core.weights import table
+from tests.benchmarks.peer import name_tokens
 
 #: Shape and type of each checkpoint: the published ones are float16.
 SHAPES = {"125m": "float32", "1.3b": "float32", "6.7b": "float16"}
@@ -101,6 +102,8 @@ def measure(folder: Path, shape: str, formats: list[str], rounds: int) -> Iterat
     """All conversions of one shape, each beside a copy."""
     source, target = folder / shape, folder / "target"
     make(source, shape, SHAPES[shape])
+    if "ctranslate2" in formats:
+        name_tokens(source)
     for to in formats:
         times: list[tuple[float, float]] = []
         for _ in range(rounds):
@@ -146,7 +149,13 @@ def main() -> None:
     names = [row.name for row in FORMATS]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["125m"])
-    parser.add_argument("--to", nargs="+", default=names, metavar="FORMAT", help=", ".join(names))
+    parser.add_argument(
+        "--to",
+        nargs="+",
+        default=names,
+        metavar="FORMAT",
+        help=f"{', '.join(names)}, or the peer ctranslate2",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="the best of this many counts (2)")
     parser.add_argument("--folder", type=Path, help="where there is room: twice the largest shape")
     parser.add_argument("--alone", nargs=2, type=Path, metavar=("SOURCE", "TARGET"))

@@ -176,13 +176,13 @@ def prepare(folder: Path) -> None:
         return
     torch.manual_seed(0)
     OPTForCausalLM(OPTConfig()).save_pretrained(folder / "hf")
-    _name_tokens(folder / "hf")
+    name_tokens(folder / "hf")
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
 
 
-def _name_tokens(folder: Path) -> None:
+def name_tokens(folder: Path) -> None:
     """A tokenizer of made-up words, which CTranslate2's converter wants beside the weights."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""A zip archive of plain entries, written in one pass; sums are taken while bytes are written.
+"""Zip archives of plain entries, written in one pass; sums are taken while bytes are written.
 
 Python's own zipfile takes the sum of a block, then writes it: on two cores both fit in the time
 of one. The layout is that of APPNOTE.TXT, with the fields of 64 bits where a number needs them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -22,6 +23,7 @@ _IS_LARGE = 0xFFFFFFFF
 _VERSION, _LARGE_VERSION = 20, 45
 _DATE = 0x21  # 1980-01-01, the first there is: archives of equal entries are equal
 _SUM_AT = 14  # where an entry's header has its sum
+_MOST_BEHIND = 32  # parts that are written and still to be summed
 
 
 class _Entry(NamedTuple):
@@ -59,10 +61,19 @@ class Archive:
         entry = _Entry(name.encode(), 0, size, self._handle.tell())
         self._handle.write(_header(entry))
         total = 0
+
+        def add_to_sum(part: bytes | memoryview) -> None:
+            nonlocal total
+            total = zlib.crc32(part, total)
+
+        behind: deque[Future[None]] = deque()
         for part in parts:
-            summed: Future[int] = self._pool.submit(zlib.crc32, part, total)
+            behind.append(self._pool.submit(add_to_sum, part))
             self._handle.write(part)
-            total = summed.result()
+            if len(behind) > _MOST_BEHIND:
+                behind.popleft().result()
+        for summed in behind:
+            summed.result()
         end = self._handle.seek(0, 1)
         self._handle.seek(entry.offset + _SUM_AT)
         self._handle.write(struct.pack("<I", total))

@@ -23,7 +23,7 @@ from opt_core.checkpoint.reading import parse_json, stored_file
 TREE_FILE = "_METADATA"
 MANIFEST_FILE = "manifest.ocdbt"
 #: Values are kept for a run of reads along either axis, as long as that takes no more than this.
-STRIPE_BYTES = 128 * 2**20
+STRIPE_BYTES = 64 * 2**20
 _ARRAYS = {"jax.Array", "np.ndarray"}
 _MOST_EXPANSION = 2**15  # zstd: four bytes may stand for a block of 128 KiB
 _LARGEST_TREE = 8 * 2**20

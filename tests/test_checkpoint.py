@@ -28,6 +28,8 @@ from opt_core.checkpoint import (
     read_safetensors,
     save,
 )
+from tests.fuzz.mutating import fuzz
+from tests.fuzz.safetensors import target
 
 Array = NDArray[Any]
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
@@ -319,3 +321,10 @@ def test_integers_and_empty_arrays_have_no_nan() -> None:
     assert not has_nan(np.full(3, -1))
     assert not has_nan(np.zeros((0, 4), np.float32))
     assert has_nan(np.array(np.nan))
+
+
+def test_mutated_files_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    report = fuzz(target(), tmp_path, count=500, seed=2)
+    assert report.failures == []
+    assert report.outcomes["read"] > 20
+    assert report.outcomes["CheckpointDamaged"] > 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -13,9 +12,8 @@ from numpy.typing import NDArray
 
 from conversion.pieces import Count
 from conversion.views import rounded
-from opt_core.checkpoint import Array, TensorSource, blocks, size_of
+from opt_core.checkpoint import Array, TensorSource, blocks, parts, read_part
 
-_BLOCK_BYTES = 32 * 1024 * 1024
 # Values looked at together: what is made of them in double precision fits the caches.
 _STEP = 1 << 17
 
@@ -68,8 +66,8 @@ def compare(a: TensorSource, b: TensorSource, count: Count = lambda size: None) 
     finite value that has become infinite is a difference.
     """
     run = _Run(a, b)
-    for part in _parts(a, b):
-        count(run.add(a.read(part).reshape(-1), b.read(part).reshape(-1)))
+    for part in parts(a, b):
+        count(run.add(read_part(a, part).reshape(-1), read_part(b, part).reshape(-1)))
     return run.concluded(a.shape)
 
 
@@ -94,16 +92,6 @@ def _targets(a: np.dtype[Any], b: np.dtype[Any]) -> list[np.dtype[Any]]:
     if a == b or np.can_cast(a, b):
         return [a]
     return [b] if np.can_cast(b, a) else [b, a]
-
-
-def _parts(a: TensorSource, b: TensorSource) -> Iterator[slice | None]:
-    """The parts in which both are read, of a bounded number of bytes."""
-    # A source may ask for larger blocks where it is costly to cut.
-    room = max(int(getattr(source, "block_bytes", _BLOCK_BYTES)) for source in (a, b))
-    rows = a.shape[0] if a.shape else 1
-    step = max(1, room * rows // max(1, size_of(a), size_of(b)))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows)) if step < rows else None
 
 
 class _Run:

@@ -96,7 +96,7 @@ def carry_out(
     """Do what a plan says; see `convert`."""
     start = time.monotonic()
     restore(plan.target)
-    if Staging(plan.target).is_placed(plan.fingerprint):
+    if Staging(plan.target).is_placed(plan.fingerprint, {piece.name for piece in plan.pieces}):
         with open_staging(plan.target):
             count(plan.size * (1 + check))
             return Conversion(plan, time.monotonic() - start, 0, check)

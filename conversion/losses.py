@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from conversion.views import Transposed, rounded
-from opt_core.checkpoint import Array, CheckpointError, TensorSource, block_bytes, is_finite
+from opt_core.checkpoint import (
+    Array,
+    CheckpointError,
+    TensorSource,
+    arrays,
+    block_bytes,
+    is_finite,
+)
 
 #: The losses that can be allowed, and what each is.
 LOSSES = {
@@ -82,6 +89,10 @@ class Watched:
         Raises LossyConversion when values are not finite, or would not be after the cast.
         """
         return self._passed(self.source.read(part, axis=axis))
+
+    def blocks(self) -> Iterator[Array]:
+        """The values of the source's blocks; see `read`."""
+        return map(self._passed, arrays(self.source))
 
     def map(self) -> Array:
         """The values; see `read`."""

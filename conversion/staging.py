@@ -41,13 +41,14 @@ class Staging:
         finished: dict[str, Any] = self._journal["finished"]
         return finished
 
-    def is_placed(self, fingerprint: str) -> bool:
+    def is_placed(self, fingerprint: str, pieces: set[str]) -> bool:
         """Whether an earlier run under the same fingerprint was killed when all was done."""
         self._journal = self._read_journal()
         return (
             self._journal.get("fingerprint") == fingerprint
+            and self.finished.keys() == pieces
             and not self.files.exists()
-            and all((self.target / name).exists() for name in self.finished)
+            and all((self.target / name).exists() for name in pieces)
         )
 
     def begin(self, fingerprint: str) -> None:
@@ -158,6 +159,7 @@ def open_staging(target: Path) -> Iterator[Staging]:
         try:
             yield staging
         except BaseException as error:
+            restore(target)
             kept = staging.rescue()
             if not kept:
                 staging.discard()

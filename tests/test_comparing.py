@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conversion import comparing
 from conversion.comparing import Comparison, Result, checksum, compare, holds_only
 from conversion.views import Constant, Transposed, rounded
-from opt_core.checkpoint import Array
+from opt_core.checkpoint import Array, StoredTensor, saving
 from tests.test_views import folder, stored
 
 __all__ = ["folder"]
@@ -60,7 +60,9 @@ def test_any_single_flipped_bit_is_found_where_it_is(data: st.DataObject) -> Non
     bit = data.draw(st.integers(0, 8 * size - 1))
     b.reshape(-1).view(np.uint8)[bit // 8] ^= 1 << bit % 8
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_BLOCK_BYTES", data.draw(st.sampled_from([1, 24, 10**6])))
+        size = data.draw(st.sampled_from([1, 24, 10**6]))
+        patch.setattr(saving, "_BLOCK_BYTES", size)
+        patch.setattr(StoredTensor, "block_bytes", size)
         patch.setattr(comparing, "_STEP", data.draw(st.sampled_from([1, 4, 10**6])))
         found, same = compared(a, b), compared(a, a)
     assert (found.result, found.count) == (Result.DIFFERENT, 1)
@@ -126,7 +128,8 @@ def test_a_difference_at_the_end_is_held_against_the_largest_value_at_the_start(
     b = a.copy()
     b[-1] = 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_BLOCK_BYTES", 400)
+        patch.setattr(saving, "_BLOCK_BYTES", 400)
+        patch.setattr(StoredTensor, "block_bytes", 400)
         assert compared(a, b).relative == 1 / 50
 
 
@@ -182,7 +185,8 @@ def test_a_turned_tensor_is_compared_in_the_canonical_order(folder: Any) -> None
     a = normal((30, 20))
     turned = Transposed(stored(folder, np.ascontiguousarray(a.T)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_BLOCK_BYTES", 400)
+        patch.setattr(saving, "_BLOCK_BYTES", 400)
+        patch.setattr(StoredTensor, "block_bytes", 400)
         patch.setattr(Transposed, "block_bytes", 400)
         found = compare(Held(a), turned)
     assert (found.result, found.sha256[1]) == (
@@ -204,7 +208,8 @@ def test_no_more_than_a_block_of_each_is_read_at_once() -> None:
     a = Watched(normal((1000, 10)))
     b = Watched(a.values.astype(np.float64))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing, "_BLOCK_BYTES", 8000)
+        patch.setattr(saving, "_BLOCK_BYTES", 8000)
+        patch.setattr(StoredTensor, "block_bytes", 8000)
         assert compare(a, b, counted.append).result is Result.EQUAL
     assert max(asked) == 8000
     assert sum(asked) == sum(counted) == 1000 * 10 * 12

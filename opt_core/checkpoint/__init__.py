@@ -9,6 +9,7 @@ from opt_core.checkpoint.reading import (
 )
 from opt_core.checkpoint.saving import (
     Source,
+    arrays,
     block_bytes,
     blocks,
     index_of,
@@ -46,6 +47,7 @@ __all__ = [
     "StoredFile",
     "StoredTensor",
     "TensorSource",
+    "arrays",
     "block_bytes",
     "blocks",
     "has_nan",

@@ -293,15 +293,19 @@ class InBlocks(Protocol):
 
 def blocks(tensor: Source) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, a bounded number at a time."""
+    return (values.reshape(-1).view(np.uint8).data for values in arrays(tensor))
+
+
+def arrays(tensor: Source) -> Iterator[Array]:
+    """Parts of the first axis, in order, each in C order and of a bounded number of bytes."""
     if isinstance(tensor, InBlocks):
-        yield from (values.reshape(-1).view(np.uint8).data for values in tensor.blocks())
-        return
-    for part in parts(tensor):
-        if isinstance(tensor, np.ndarray | np.generic):
-            values: Array = tensor[part] if tensor.shape else np.asarray(tensor)
-        else:
-            values = read_part(tensor, part)
-        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        yield from tensor.blocks()
+    elif isinstance(tensor, np.ndarray | np.generic):
+        for part in parts(tensor):
+            yield np.ascontiguousarray(tensor[part] if tensor.shape else tensor)
+    else:
+        for part in parts(tensor):
+            yield np.ascontiguousarray(read_part(tensor, part))
 
 
 def parts(*tensors: Source) -> Iterator[slice]:

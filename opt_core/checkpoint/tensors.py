@@ -5,7 +5,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -179,6 +179,27 @@ class StoredTensor:
                 self._fill(handle, offset, values)
             self.file.check(handle)
         return values
+
+    def blocks(self) -> Iterator[Array]:
+        """Parts of the first axis, in order, each in C order; the file is opened once for all.
+
+        Raises CheckpointDamaged if the file has changed since it was opened, at the latest after
+        the last part.
+        """
+        if not self.shape:
+            yield self.read()
+            return
+        rows, *others = self.shape
+        row_bytes = math.prod(others) * self.dtype.itemsize
+        step = max(1, self.block_bytes // max(1, row_bytes))
+        with self.file.open() as handle:
+            for start in range(0, rows, step):
+                values = np.empty((min(step, rows - start), *others), self.dtype)
+                if values.size:
+                    _, offset = self._window(slice(start, start + len(values)), 0)
+                    self._fill(handle, offset, values)
+                yield values
+            self.file.check(handle)
 
     def map(self) -> Array:
         """The values as a copy-on-write view of the file, valid as long as the array lives.

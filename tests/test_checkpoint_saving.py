@@ -384,6 +384,6 @@ def test_progress_counts_every_byte_once(
 
 
 def test_a_tensor_without_axes_is_saved(tmp_path: Path) -> None:
-    save(tmp_path, {"array": np.array(7), "number": np.float32(1.5)})
+    save(tmp_path, {"array": np.array(7), "number": np.array(np.float32(1.5))})
     found = read_safetensors(tmp_path / "model.safetensors")
     assert [found[name].read()[()] for name in ("array", "number")] == [7, 1.5]

@@ -21,7 +21,6 @@ from opt_core.assets import TINY_OPT
 from opt_core.checkpoint import save
 from opt_core.cli import backends, demo, terminal
 from opt_core.cli import generate as generating
-from opt_core.cli import inspect as inspecting
 from opt_core.config import OPTConfig
 from opt_core.generation import GenerationConfig
 from opt_core.weights import CheckpointWarning, Head, count_parameters, initial, stored_name, table

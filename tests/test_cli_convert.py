@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from opt_core import cli
 from opt_core.assets import TINY_OPT
 from opt_core.checkpoint import save
-from opt_core.weights import EMBEDDING_NAME
+from opt_core.weights import EMBEDDING_NAME, Head
 from tests.cases import random_weights, tiny
 from tests.hub_server import serve
-from tests.test_convert import Head, assert_same, contents, make, read
+from tests.test_convert import assert_same, contents, make, read
 
 
 def run(*arguments: object) -> int:
@@ -64,7 +65,8 @@ def test_losses_stop_it_and_allowed_ones_are_told(
 ) -> None:
     embedding = random_weights(tiny(), Head.CAUSAL_LM)[EMBEDDING_NAME]
     embedding[1, 1] = np.nan
-    make(tmp_path / "a", **{EMBEDDING_NAME: embedding})
+    spoiled: dict[str, Any] = {EMBEDDING_NAME: embedding}
+    make(tmp_path / "a", **spoiled)
     assert run(tmp_path / "a", tmp_path / "b", "--to", "tf") == 1
     said = capsys.readouterr().err
     assert f"optlm: tensor '{EMBEDDING_NAME}' holds 1 values that are NaN" in said

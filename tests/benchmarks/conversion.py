@@ -109,7 +109,16 @@ def measure(folder: Path, shape: str, formats: list[str], rounds: int) -> Iterat
         for _ in range(rounds):
             copied = copy(source, target)
             shutil.rmtree(target)
-            command = [sys.executable, "-m", __spec__.name, "--alone", source, target, "--to", to]
+            command: list[Any] = [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                "--alone",
+                source,
+                target,
+                "--to",
+                to,
+            ]
             told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
             times.append((copied, told["seconds"]))
             shutil.rmtree(target)

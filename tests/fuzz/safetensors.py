@@ -14,8 +14,8 @@ from tests.fuzz.mutating import Files, Target, main
 
 def seeds(folder: Path) -> list[Files]:
     """Small checkpoints: of one file, of many tensors, of shards with an index."""
-    found = []
-    for number, (arrays, size) in enumerate([(ARRAYS, "5GB"), (WIDE, "5GB"), (ARRAYS, 100)]):
+    found: list[Files] = []
+    for number, (arrays, size) in enumerate([(ARRAYS, "5GB"), (WIDE, "5GB"), (ARRAYS, "0.1KB")]):
         place = folder / str(number)
         save(place, arrays, max_shard_size=size)
         found.append({path.name: path.read_bytes() for path in sorted(place.iterdir())})

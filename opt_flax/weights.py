@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from conversion import open_pretrained as open_pretrained
-from opt_core.checkpoint import Checkpoint, TensorSource
+from opt_core.checkpoint import Checkpoint, TensorSource, turned
 from opt_core.config import OPTConfig
 from opt_core.weights import Head, Weight, read, stored_name, table
 
@@ -87,10 +87,12 @@ def stored_dtype(checkpoint: Checkpoint) -> Any:
 
 
 def _laid_out(row: Weight, values: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    if row.transposed("flax"):
-        values = values.T
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values.astype(dtype, copy=False))
+        values = values.astype(dtype, copy=False)
+    if not row.transposed("flax"):
+        return np.ascontiguousarray(values)
+    # What comes from a file of Flax's own was turned already, and is only turned back.
+    return values.T if values.T.flags.c_contiguous else turned(values)
 
 
 def fresh(config: OPTConfig, head: Head, key: Array, dtype: Any) -> Params:

@@ -34,6 +34,7 @@ from opt_core.checkpoint.tensors import (
     TensorSource,
     has_nan,
     is_finite,
+    turned,
 )
 
 __all__ = [
@@ -65,5 +66,6 @@ __all__ = [
     "shards_of",
     "size_in_bytes",
     "size_of",
+    "turned",
     "write_file",
 ]

@@ -19,6 +19,7 @@ Array = NDArray[Any]
 
 _FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
 _MOST_AXES, _MOST_VALUES = 64, 1 << 59  # NumPy's limits, for values of up to eight bytes
+_ROWS_TURNED = 64  # at once: all values of a cache line are used
 _PIECE_BYTES = 128 * 1024  # as far as Linux reads ahead; fits the cache of every core
 
 
@@ -298,6 +299,18 @@ class Checkpoint:
     metadata: Mapping[str, str]
     #: What the files hold besides weights, such as an optimizer's state.
     left_out: tuple[str, ...] = ()
+
+
+def turned(values: Array) -> Array:
+    """The transpose of a matrix, copied.
+
+    A few rows at a time stay in the cache until their columns are written: several times as fast as
+    NumPy's own copy, which misses the cache at each value.
+    """
+    result = np.empty(values.shape[::-1], values.dtype)
+    for i in range(0, len(values), _ROWS_TURNED):
+        result[:, i : i + _ROWS_TURNED] = values[i : i + _ROWS_TURNED].T
+    return result
 
 
 def has_nan(array: Array) -> bool:

@@ -178,6 +178,24 @@ def test_the_command_continues_a_text_and_looks_into_files_without_a_framework(
         assert (shown.returncode, shown.stderr) == (0, ""), shown.stderr
 
 
+def test_the_command_converts_and_verifies_without_a_framework(clean: Path, tmp_path: Path) -> None:
+    source = "tiny-opt"
+    for to in ("tf", "flax", "keras", "pytorch", "metaseq", "numpy"):
+        shown = python(
+            "convert", source, str(tmp_path / to), "--to", to, program=str(clean / "optlm")
+        )
+        assert (shown.returncode, shown.stderr) == (0, ""), shown.stderr
+        source = str(tmp_path / to)
+    shown = python("verify", "tiny-opt", source, program=str(clean / "optlm"))
+    assert (shown.returncode, shown.stderr) == (0, ""), shown.stderr
+    assert "identical: 100 tensors, bit for bit" in shown.stdout
+    shown = python(
+        "convert", source, str(tmp_path / "x"), "--to", "orbax", program=str(clean / "optlm")
+    )
+    assert shown.returncode == 1
+    assert shown.stderr.strip().endswith("pip install 'optlm[orbax]'")
+
+
 def test_the_package_comes_from_the_wheel_and_not_from_the_checkout(clean: Path) -> None:
     code = "import opt_core, conversion; print(opt_core.__file__, conversion.__file__)"
     shown = python("-c", code, program=str(clean / "python"))

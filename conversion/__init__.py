@@ -5,11 +5,12 @@ from conversion.formats import FORMATS, WEIGHT_FILES, Format, format_named, open
 from conversion.losses import LOSSES, LossyConversion
 from conversion.names import canonical_name, canonical_names, stored_names
 from conversion.planning import Plan, plan
-from conversion.pretrained import Pretrained, open_pretrained
+from conversion.pretrained import COMPANIONS, Pretrained, located, open_pretrained
 from conversion.torch_file import read_torch_file
 from conversion.verifying import Verification, verify
 
 __all__ = [
+    "COMPANIONS",
     "FORMATS",
     "LOSSES",
     "WEIGHT_FILES",
@@ -26,6 +27,7 @@ __all__ = [
     "check_target",
     "convert",
     "format_named",
+    "located",
     "open_checkpoint",
     "open_pretrained",
     "plan",

@@ -14,7 +14,8 @@ from pathlib import Path
 from conversion.formats import FORMATS, open_checkpoint
 from conversion.losses import LOSSES, Losses, watched
 from conversion.pieces import Count
-from conversion.planning import COMPANIONS, Plan, plan
+from conversion.planning import Plan, plan
+from conversion.pretrained import COMPANIONS
 from conversion.staging import Staging, open_staging, restore
 from opt_core.checkpoint import CheckpointDamaged, parts, read_part
 from opt_core.config import CONFIG_FILE, OPTConfig
@@ -59,7 +60,8 @@ def convert(
     after the last finished file. Configuration, tokenizer and generation options come along.
 
     Args:
-        source: a folder, a file of weights or an index, in any format that `FORMATS` names.
+        source: a folder, a file of weights or an index, in any format that `FORMATS` names, or a
+            repository of the hub.
         target: a folder that is not there yet; with `force` a checkpoint that is replaced.
         to: the name of a format.
         dtype: "float32", "float16", "bfloat16" or "float64"; None keeps each tensor's own.
@@ -74,6 +76,7 @@ def convert(
         LossyConversion: values would be lost, and `allow` does not name how.
         CheckpointMismatch: the source's tensors are not those that its configuration asks for.
         CheckpointDamaged, CheckpointUnsafe, CheckpointNotFound: the source cannot be read.
+        HubError: the source is no path, and no repository that can be read.
         TargetExists: there is something at `target`.
         OSError: the disk is full, or another conversion into the target is running.
         ValueError: a bad option; source and target are the same.

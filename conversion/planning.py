@@ -17,10 +17,10 @@ from conversion.formats import Format, format_named, open_checkpoint
 from conversion.losses import Losses, watched
 from conversion.metaseq import config_of, without_padding
 from conversion.pieces import Piece, text
+from conversion.pretrained import COMPANIONS, located
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_in_bytes
 from opt_core.config import CONFIG_FILE, OPTConfig
 from opt_core.config.presets import PRESETS
-from opt_core.generation import GENERATION_FILE
 from opt_core.version import __version__
 from opt_core.weights import Head, head_in, match, mismatch
 
@@ -32,16 +32,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 DEFAULT_SHARD_SIZE = "5GB"
-#: What comes along from beside the weights, if it is there: tokenizer and generation files.
-COMPANIONS = (
-    GENERATION_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -103,9 +93,10 @@ def plan(
         CheckpointMismatch: tensors are missing, unknown or of another shape, and not allowed.
         CheckpointError: the source cannot be used.
         CheckpointNotFound: there are no weights, or no configuration, and none is given.
+        HubError: there is no such path, or the repository cannot be read.
         ValueError: an option is unknown, or the format cannot honour it.
     """
-    source, target = Path(source), Path(os.path.abspath(target))
+    source, target = located(source), Path(os.path.abspath(target))
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     row, losses = format_named(to), Losses(allow)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from conversion.formats import open_checkpoint, weight_files
@@ -20,6 +22,18 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 HINTS = {"from_pt": ("safetensors", "pytorch"), "from_tf": ("tf",), "from_flax": ("flax",)}
 
 
+#: What comes along from beside the weights, if it is there: tokenizer and generation files.
+COMPANIONS = (
+    GENERATION_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
 class Pretrained(NamedTuple):
     """A checkpoint with all that a model needs to be built for it."""
 
@@ -28,6 +42,33 @@ class Pretrained(NamedTuple):
     checkpoint: Checkpoint
     #: What lies beside the weights, else what the configuration implies.
     generation_config: GenerationConfig
+
+
+def located(
+    source: str | os.PathLike[str],
+    *,
+    companions: Sequence[str] = COMPANIONS,
+    prefer: Collection[str] = (),
+    before: Callable[[Mapping[str, int]], object] | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """The local folder or file of a checkpoint, fetched from the hub if it is a repository's name.
+
+    Of a repository come its configuration, its weights in the first format that it has (`prefer`
+    names formats to look for before others), and what it has of `companions`. `before` is told what
+    will be downloaded, bytes by file. `options` are those of the hub (`HUB_OPTIONS`).
+
+    Raises:
+        HubError: there is no such path, or the repository cannot be read.
+    """
+    return hub.resolve(
+        source,
+        files=[CONFIG_FILE],
+        optional=companions,
+        one_of=weight_files(prefer),
+        before=before,
+        **options,
+    )
 
 
 def open_pretrained(
@@ -50,13 +91,7 @@ def open_pretrained(
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     fields = {k: v for k, v in options.items() if k not in (*HUB_OPTIONS, *HINTS)}
     prefer = [name for hint, names in HINTS.items() if options.get(hint) for name in names]
-    folder = hub.resolve(
-        source,
-        files=[CONFIG_FILE],
-        optional=[GENERATION_FILE],
-        one_of=weight_files(prefer),
-        **hub_options,
-    )
+    folder = located(source, companions=[GENERATION_FILE], prefer=prefer, options=hub_options)
     if not isinstance(config, OPTConfig):
         config = OPTConfig.from_pretrained(folder if config is None else config)
     config = config.replace(**fields) if fields else copy.deepcopy(config)

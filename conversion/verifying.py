@@ -16,7 +16,7 @@ from typing import Any
 from conversion.comparing import Comparison, Result, checksum, compare, holds_only
 from conversion.formats import open_checkpoint
 from conversion.pieces import Count
-from conversion.planning import COMPANIONS
+from conversion.pretrained import COMPANIONS, located
 from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, size_of
 from opt_core.config import OPTConfig
 from opt_core.config.files import config_path, read_json
@@ -162,7 +162,8 @@ def verify(
 
     Raises:
         CheckpointError: a file is damaged or unsafe, or changes while it is read.
-        CheckpointNotFound: there is no checkpoint.
+        CheckpointNotFound: there are no weights.
+        HubError: there is no such path, or the repository cannot be read.
         ValueError: no tensor has such a name, or a configuration is no JSON.
     """
     run = _Run(_opened(a), _opened(b), count)
@@ -196,7 +197,7 @@ def file_checksum(path: Path, count: Count = lambda size: None) -> str:
 
 
 def _opened(side: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    return side if isinstance(side, Checkpoint) else open_checkpoint(Path(side))
+    return side if isinstance(side, Checkpoint) else open_checkpoint(located(side))
 
 
 def _counted(count: int, what: str) -> str:

@@ -7,18 +7,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion import FORMATS, LossyConversion, TargetExists, convert, open_checkpoint, plan
+from conversion import (
+    FORMATS,
+    LossyConversion,
+    TargetExists,
+    convert,
+    open_checkpoint,
+    plan,
+    verify,
+)
 from opt_core.assets import TINY_OPT
 from opt_core.checkpoint import CheckpointNotFound, save
 from opt_core.config import OPTConfig
 from opt_core.weights import EMBEDDING_NAME, CheckpointMismatch, Head, stored_name, table
 from tests.cases import SWITCHES, Arrays, configs, random_weights, tiny
+from tests.hub_server import serve
 
 DTYPES = [np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)]
 FILES_OF_THE_TOKENIZER = (
@@ -150,6 +160,21 @@ def test_a_file_and_an_index_are_sources_too(tmp_path: Path) -> None:
     convert(tmp_path / "b" / "pytorch_model.bin.index.json", tmp_path / "d", to="pytorch")
     assert contents(tmp_path / "c") == contents(tmp_path / "d")
     assert_same(read(tmp_path / "d"), weights)
+
+
+def test_a_repository_is_a_source_and_a_side_to_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make(tmp_path / "a")
+    (tmp_path / "a" / "merges.txt").write_text("#version: 0.2")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with serve({"facebook/opt-tiny": files}) as server:
+        server.connect(monkeypatch, tmp_path / "home")
+        convert("facebook/opt-tiny", tmp_path / "b", to="flax")
+        assert verify("facebook/opt-tiny", tmp_path / "b").sentence.startswith("identical")
+        huggingface_hub.close_session()
+    assert_same(read(tmp_path / "b"), weights)
+    assert (tmp_path / "b" / "merges.txt").is_file()
 
 
 def test_a_configuration_may_come_from_elsewhere(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from conversion.comparing import Result
 from conversion.verifying import FieldResult, Verdict, size_to_verify
 from opt_core import cli
 from opt_core.assets import TINY_OPT
-from opt_core.checkpoint import CheckpointDamaged, CheckpointNotFound, save
+from opt_core.checkpoint import CheckpointDamaged, save
 from opt_core.cli import backends, logits
 from opt_core.config import OPTConfig
+from opt_core.hub import SourceMissing
 from opt_core.weights import EMBEDDING_NAME, LM_HEAD_NAME
 from tests.test_cli import CONFIG, run, weights
 
@@ -263,7 +264,7 @@ def test_bytes_are_counted_as_they_are_read(a: Path) -> None:
 
 
 def test_what_cannot_be_opened_or_changes_meanwhile_is_an_error(a: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFound, match="no such file or folder"):
+    with pytest.raises(SourceMissing, match="there is no file or folder"):
         verify(a, tmp_path / "none")
     opened = open_checkpoint(a)
     with (a / "model.safetensors").open("ab") as handle:

@@ -85,8 +85,7 @@ def run(options: argparse.Namespace) -> int:
         CheckpointError: the source cannot be used, or would lose something.
         OSError: the target is there, or the disk is full.
     """
-    from conversion import carry_out, check_target, plan
-    from conversion.planning import COMPANIONS
+    from conversion import COMPANIONS, carry_out, check_target, plan
 
     out = terminal.console()
     try:

@@ -66,8 +66,15 @@ def locate(
     Raises:
         HubError: there is no such path, or the repository cannot be read.
     """
-    hub_options = _hub_options(options)
-    return _located(named_source(options.checkpoint), companions, before=before, **hub_options)
+    from conversion import located
+    from opt_core.generation import GENERATION_FILE
+
+    return located(
+        named_source(options.checkpoint),
+        companions=[GENERATION_FILE, *companions],
+        before=before,
+        options=_hub_options(options),
+    )
 
 
 def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -76,29 +83,14 @@ def locate_pair(options: argparse.Namespace) -> tuple[Path, Path]:
     Raises:
         HubError: there is no such path, or the repository cannot be read.
     """
-    from conversion.planning import COMPANIONS
+    from conversion import located
 
     only = options.local_files_only
     a, b = (
-        _located(named_source(named), COMPANIONS, revision=revision, local_files_only=only)
+        located(named_source(named), options={"revision": revision, "local_files_only": only})
         for named, revision in ((options.a, options.revision_a), (options.b, options.revision_b))
     )
     return a, b
-
-
-def _located(source: str | Path, optional: Sequence[str], **hub_options: Any) -> Path:
-    from conversion import WEIGHT_FILES
-    from opt_core import hub
-    from opt_core.config import CONFIG_FILE
-    from opt_core.generation import GENERATION_FILE
-
-    return hub.resolve(
-        source,
-        files=[CONFIG_FILE],
-        optional=list(dict.fromkeys([GENERATION_FILE, *optional])),
-        one_of=WEIGHT_FILES,
-        **hub_options,
-    )
 
 
 def tokenizer(options: argparse.Namespace) -> OPTTokenizer:

@@ -121,7 +121,7 @@ def check_target(plan: Plan, *, force: bool) -> None:
     """Raises unless the target may be written: never the source, nor what is no checkpoint."""
     source, target = plan.checkpoint.path.resolve(), plan.target.resolve()
     folder = source if source.is_dir() else source.parent
-    if target == folder or target in folder.parents or folder in target.parents:
+    if target == folder or target in folder.parents or source in target.parents:
         raise ValueError(
             f"the target {plan.target} and the source {plan.checkpoint.path} lie in one another: "
             "name a folder of its own, so that the source stays as it is"

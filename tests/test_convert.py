@@ -324,6 +324,18 @@ def test_source_and_target_may_not_lie_in_one_another(target: str, tmp_path: Pat
     assert contents(tmp_path) == before
 
 
+def test_a_file_may_be_converted_into_a_folder_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    convert("model.safetensors", "converted", to="pytorch")
+    assert_same(read(tmp_path / "converted"), weights)
+    for target in (".", "..", "../" + tmp_path.name):
+        with pytest.raises(ValueError, match="lie in one another"):
+            convert("model.safetensors", target, to="pytorch", force=True)
+
+
 def test_folders_above_the_target_are_made(tmp_path: Path) -> None:
     make(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "x" / "y" / "b", to="pytorch")

@@ -3,7 +3,7 @@
 from conversion.converting import Conversion, TargetExists, carry_out, check_target, convert
 from conversion.formats import FORMATS, WEIGHT_FILES, Format, format_named, open_checkpoint
 from conversion.losses import LOSSES, LossyConversion
-from conversion.names import canonical_name, canonical_names, stored_names
+from conversion.names import canonical_name, stored_names
 from conversion.planning import Plan, plan
 from conversion.pretrained import COMPANIONS, Pretrained, located, open_pretrained
 from conversion.torch_file import read_torch_file
@@ -22,7 +22,6 @@ __all__ = [
     "TargetExists",
     "Verification",
     "canonical_name",
-    "canonical_names",
     "carry_out",
     "check_target",
     "convert",

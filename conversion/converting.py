@@ -21,7 +21,7 @@ from opt_core.checkpoint import CheckpointDamaged, parts, read_part
 from opt_core.config import CONFIG_FILE, OPTConfig
 
 #: What a folder of a checkpoint may hold besides, for it to be replaced with `force`.
-_OTHER_FILES = ("README*", "LICENSE*", "NOTICE*", ".gitattributes", "model.safetensors.index.json")
+_OTHER_FILES = ("README*", "LICENSE*", "NOTICE*", ".gitattributes")
 _ROOM_FOR_HEADERS = 1.01
 
 

@@ -98,6 +98,8 @@ class Watched:
         """The values; see `read`."""
         return self._passed(self.source.map())
 
+    # To look at a signalling NaN would warn.
+    @np.errstate(invalid="ignore")
     def _passed(self, values: Array) -> Array:
         finite = is_finite(values)
         if not finite:

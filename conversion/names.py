@@ -6,7 +6,7 @@ Canonical names are `model.decoder.…` for the decoder, then `lm_head.weight`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -171,20 +171,6 @@ def stored_names(canonical: str) -> list[str]:
         if part.canonical is not None and name.startswith(part.canonical)
     ]
     return [place + spelling for spelling in spellings for place in PLACES]
-
-
-def canonical_names(stored: Iterable[str], where: str) -> dict[str, str]:
-    """Canonical to stored name, for all names of the checkpoint `where`.
-
-    Raises CheckpointDamaged when two stored names stand for one tensor.
-    """
-    found: dict[str, str] = {}
-    for name in stored:
-        canonical = canonical_name(name)
-        if canonical is not None:
-            check_once(canonical, name, found, where)
-            found[canonical] = name
-    return found
 
 
 def check_once(canonical: str, name: str, found: Mapping[str, str], where: str) -> None:

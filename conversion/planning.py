@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from conversion.formats import Format, format_named, open_checkpoint
@@ -22,15 +21,10 @@ from opt_core.checkpoint import Checkpoint, CheckpointNotFound, TensorSource, si
 from opt_core.config import CONFIG_FILE, OPTConfig
 from opt_core.config.presets import PRESETS
 from opt_core.version import __version__
-from opt_core.weights import Head, head_in, match, mismatch
+from opt_core.weights import FLOATS, Head, head_in, match, mismatch
 
 #: The types that `--dtype` takes.
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = {dtype.name: dtype for dtype in FLOATS}
 DEFAULT_SHARD_SIZE = "5GB"
 
 

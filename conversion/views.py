@@ -1,4 +1,4 @@
-"""Tensors made of other tensors, read only when asked for: turned, cast, cut, joined, constant."""
+"""Tensors made of other tensors, read only when asked for: turned, cut, joined, constant."""
 
 from __future__ import annotations
 
@@ -149,27 +149,6 @@ class Joined:
     def map(self) -> Array:
         """The values, copied: they lie in several places."""
         return self.read()
-
-
-@dataclass(frozen=True)
-class Cast:
-    """A tensor with each value rounded to the nearest of another floating type."""
-
-    source: TensorSource
-    dtype: np.dtype[Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the source."""
-        return self.source.shape
-
-    def read(self, part: slice | None = None, *, axis: int = 0) -> Array:
-        """The values, or those of `part` of one axis, in C order in memory of their own."""
-        return rounded(self.source.read(part, axis=axis), self.dtype)
-
-    def map(self) -> Array:
-        """The values, copied unless the type is that of the source."""
-        return rounded(self.source.map(), self.dtype)
 
 
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion.views import Cast, Constant, Joined, Part, Transposed, transposed
+from conversion.losses import LOSSES, Losses, Watched
+from conversion.views import Constant, Joined, Part, Transposed, transposed
 from opt_core.checkpoint import (
     Array,
     StoredFile,
@@ -23,6 +24,11 @@ from opt_core.checkpoint import (
 
 DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64)]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def cast_to(source: TensorSource, dtype: Any) -> TensorSource:
+    """The values in another type, as a conversion writes them."""
+    return Watched("a tensor", source, np.dtype(dtype), Losses(LOSSES))
 
 
 def stored(folder: Path, values: Array, *, name: str = "tensor") -> StoredTensor:
@@ -66,7 +72,7 @@ def views(draw: st.DrawFn, folder: Path) -> tuple[TensorSource, Array]:
             source, values = Joined((source,) * count, axis), np.concatenate([values] * count, axis)
         elif kind == "cast":
             dtype = draw(st.sampled_from(DTYPES))
-            source, values = Cast(source, dtype), values.astype(dtype)
+            source, values = cast_to(source, dtype), values.astype(dtype)
     return source, values
 
 
@@ -129,7 +135,7 @@ def test_a_part_with_a_step_is_refused_not_read_as_another(folder: Path, view: s
         "part": Part(source, 0, 1, 3),
         "other axis": Part(source, 1, 1, 3),
         "joined": Joined((source, source), 0),
-        "cast": Cast(source, np.dtype(np.float16)),
+        "cast": cast_to(source, np.dtype(np.float16)),
         "constant": Constant((4, 4), source.dtype, 0.0),
     }
     with pytest.raises(ValueError, match="expected step 1, found 2"):
@@ -155,7 +161,7 @@ def test_a_cast_to_its_own_type_keeps_every_bit(folder: Path, kind: Any) -> None
     random = np.random.default_rng(0)
     bits = random.integers(0, 256, 4096, np.uint8)
     values = bits.view(kind)
-    cast = Cast(stored(folder, values), np.dtype(kind))
+    cast = cast_to(stored(folder, values), np.dtype(kind))
     assert cast.read().tobytes() == bits.tobytes()
     assert cast.map().tobytes() == bits.tobytes()
 
@@ -180,14 +186,14 @@ def test_a_cast_rounds_once_to_the_nearest_value(
     folder: Path, value: float, rounded: float
 ) -> None:
     source = stored(folder, np.array([value]))
-    for cast in (Cast(source, BFLOAT16).read(), Cast(source, BFLOAT16).map()):
+    for cast in (cast_to(source, BFLOAT16).read(), cast_to(source, BFLOAT16).map()):
         assert cast.dtype == BFLOAT16
         assert cast.astype(np.float64).tobytes() == np.array([rounded]).tobytes()
 
 
 def test_a_cast_of_nan_is_nan(folder: Path) -> None:
     for dtype in DTYPES[:4]:
-        assert np.isnan(Cast(stored(folder, np.array([np.nan])), dtype).read()).all()
+        assert np.isnan(cast_to(stored(folder, np.array([np.nan])), dtype).read()).all()
 
 
 @given(st.floats(width=64, allow_nan=False), st.sampled_from([np.float32, np.float16]))
@@ -195,4 +201,4 @@ def test_a_cast_from_double_precision_is_that_of_numpy(value: float, kind: Any) 
     with np.errstate(all="ignore"):
         expected = np.array([value]).astype(kind)
     constant = Constant((1,), np.dtype(np.float64), value)
-    assert Cast(constant, np.dtype(kind)).read().tobytes() == expected.tobytes()
+    assert cast_to(constant, np.dtype(kind)).read().tobytes() == expected.tobytes()

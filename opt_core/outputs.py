@@ -85,6 +85,24 @@ class QuestionAnsweringModelOutput(ModelOutput):
 
 
 class GenerateOutput(ModelOutput):
-    """What `generate` returns as a record: `sequences` is `[B, P + N]`, prompt included."""
+    """What `generate` returns as a record, with n new tokens.
 
-    fields = ("sequences", "past_key_values")
+    `sequences` is `[R, P + n]`, prompt included, R the number of returned sequences.
+    `sequences_scores` `[R]` are the scores by which beams were ranked. `scores` and `logits` hold a
+    `[B, V]` for every step (`[B * K, V]` with beams): after the rules, and as the model gave them;
+    the scores of beams are log-probabilities. `beam_indices` `[R, n]` says from which running beam
+    (text * K + beam) each token was chosen, -1 behind the end. `attentions` and `hidden_states`
+    hold for every step one array a layer, `[R, H, T, S]` and `[R, T, C]`, T being P in the first
+    step and then 1; they belong to the returned sequences.
+    """
+
+    fields = (
+        "sequences",
+        "sequences_scores",
+        "scores",
+        "logits",
+        "beam_indices",
+        "attentions",
+        "hidden_states",
+        "past_key_values",
+    )

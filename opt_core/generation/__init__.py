@@ -1,9 +1,12 @@
-"""How decoding is asked for and planned: options, stopping rules, lengths, uniforms, the state."""
+"""How decoding is asked for and planned: options, rules, lengths, uniforms, the states."""
 
-from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig
+from opt_core.generation.chain import ORDER, STEADY, Given, given
+from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig, Strategy
 from opt_core.generation.draws import fresh_seed, uniforms
 from opt_core.generation.options import NEUTRAL, OPTIONS
-from opt_core.generation.planning import DEFAULT_NEW_TOKENS, DecodeState, Plan, bucket, plan
+from opt_core.generation.planning import DEFAULT_NEW_TOKENS, Plan, bucket, plan
+from opt_core.generation.states import BeamState, DecodeState
+from opt_core.generation.stops import StopTable
 from opt_core.generation.streaming import Streamer, receiver
 
 __all__ = [
@@ -11,12 +14,19 @@ __all__ = [
     "GENERATION_FILE",
     "NEUTRAL",
     "OPTIONS",
+    "ORDER",
+    "STEADY",
+    "BeamState",
     "DecodeState",
     "GenerationConfig",
+    "Given",
     "Plan",
+    "StopTable",
+    "Strategy",
     "Streamer",
     "bucket",
     "fresh_seed",
+    "given",
     "plan",
     "receiver",
     "uniforms",

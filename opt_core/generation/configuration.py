@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,26 @@ from opt_core.generation.options import NEUTRAL, OPTIONS, nearest, plain, refuse
 
 GENERATION_FILE = "generation_config.json"
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+#: Options that ask nothing unless another one does: the names, and what they wait for.
+_IDLE = (
+    (
+        ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        "do_sample=True",
+    ),
+    (("top_k",), "do_sample=True or penalty_alpha"),
+    (("length_penalty", "early_stopping"), "num_beams above 1"),
+)
+
+
+class Strategy(Enum):
+    """How tokens are chosen. What differs between strategies is one room of `generation` each."""
+
+    GREEDY = "greedy"
+    SAMPLING = "sampling"
+    BEAMS = "beams"
+    CONSTRAINED = "constrained"
+    CONTRASTIVE = "contrastive"
+    ASSISTED = "assisted"
 
 
 class HasTokens(Protocol):
@@ -27,12 +47,14 @@ class HasTokens(Protocol):
 
 
 class GenerationConfig:
-    """What is asked of `generate`: lengths, sampling, stop tokens; validated on every assignment.
+    """What is asked of `generate`: strategy, lengths, rules; validated on every assignment.
 
-    `eos_token_id` None never stops early; `temperature`, `top_k`, `top_p`, `min_p` and
-    `repetition_penalty` None (and `top_k` 0) are switched off. Keys of a `generation_config.json`
-    that nobody here knows are kept and written back. An option of transformers that is not
-    honoured raises, unless it holds the value that asks nothing, such as `num_beams=1`.
+    `eos_token_id` None never stops early; a rule that is None (and `top_k` 0) is switched off. What
+    every option means stands in `docs/decoding.md`, and exactly in `opt_core.reference`. Keys of a
+    `generation_config.json` that nobody here knows are kept and written back. An option of
+    transformers that is not honoured raises, unless it holds the value that asks nothing, such as
+    `max_time=None`. Options that contradict each other raise when a generation is planned, and
+    when they are saved; see `validate`.
 
     Raises:
         ValueError: a value is not allowed (naming option, value and remedy), or an option is
@@ -48,13 +70,42 @@ class GenerationConfig:
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
     repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: list[list[int]] | None
+    sequence_bias: list[tuple[list[int], float]] | None
+    suppress_tokens: list[int] | None
+    begin_suppress_tokens: list[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | list[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    guidance_scale: float | None
+    remove_invalid_values: bool
+    renormalize_logits: bool
     num_return_sequences: int
+    num_beams: int
+    num_beam_groups: int
+    diversity_penalty: float | None
+    length_penalty: float
+    early_stopping: bool | str
+    force_words_ids: list[Any] | None
+    penalty_alpha: float | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
+    num_assistant_tokens: int
+    stop_strings: str | list[str] | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
     bos_token_id: int | None
     use_cache: bool
     return_dict_in_generate: bool
+    output_scores: bool
+    output_logits: bool
+    output_attentions: bool
+    output_hidden_states: bool
     seed: int | list[int] | None
 
     def __init__(self, **options: Any) -> None:
@@ -108,21 +159,74 @@ class GenerationConfig:
         return None if self.pad_token_id in self.stops else self.pad_token_id
 
     @property
+    def strategy(self) -> Strategy:
+        """How tokens are chosen; a call with an `assistant_model` is `Strategy.ASSISTED` too."""
+        if self.num_beams > 1:
+            return Strategy.CONSTRAINED if self.force_words_ids else Strategy.BEAMS
+        if self.penalty_alpha:
+            return Strategy.CONTRASTIVE
+        if self.prompt_lookup_num_tokens:
+            return Strategy.ASSISTED
+        return Strategy.SAMPLING if self.do_sample else Strategy.GREEDY
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether every step is computed with and without the prompt (`guidance_scale`)."""
+        return self.guidance_scale not in (None, 1.0)
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """The rules that the scores of a step pass through, in the order of transformers' chain.
 
-        "min_new_tokens" stands for `min_length` too (see `Plan.min_new_tokens`).
+        "min_new_tokens" stands for `min_length` too (see `Plan.min_new_tokens`). The functions of
+        a call come in between: `prefix_allowed_tokens_fn` before "forced_bos_token_id", the
+        `logits_processor` before "temperature".
         """
         asks_minimum = bool(self.stops) and bool(self.min_length or self.min_new_tokens)
+        samples = self.do_sample
         active = {
+            "sequence_bias": bool(self.sequence_bias),
+            "diversity_penalty": self.num_beam_groups > 1,
             "repetition_penalty": self.repetition_penalty not in (None, 1.0),
+            "no_repeat_ngram_size": bool(self.no_repeat_ngram_size),
+            "bad_words_ids": bool(self.bad_words_ids),
             "min_new_tokens": asks_minimum,
-            "temperature": self.do_sample and self.temperature not in (None, 1.0),
-            "top_k": self.do_sample and bool(self.top_k),
-            "top_p": self.do_sample and self.top_p is not None and self.top_p < 1.0,
-            "min_p": self.do_sample and self.min_p is not None,
+            "forced_bos_token_id": self.forced_bos_token_id is not None,
+            "forced_eos_token_id": self.forced_eos_token_id is not None,
+            "remove_invalid_values": self.remove_invalid_values,
+            "exponential_decay_length_penalty": bool(
+                self.stops and self.exponential_decay_length_penalty
+            ),
+            "suppress_tokens": bool(self.suppress_tokens),
+            "begin_suppress_tokens": bool(self.begin_suppress_tokens),
+            "temperature": samples and self.temperature not in (None, 1.0),
+            "top_k": samples and bool(self.top_k),
+            "top_p": samples and self.top_p is not None and self.top_p < 1.0,
+            "min_p": samples and self.min_p is not None,
+            "typical_p": samples and self.typical_p is not None and self.typical_p < 1.0,
+            "epsilon_cutoff": samples and bool(self.epsilon_cutoff),
+            "eta_cutoff": samples and bool(self.eta_cutoff),
+            "renormalize_logits": self.renormalize_logits,
         }
         return tuple(name for name, is_active in active.items() if is_active)
+
+    @property
+    def kept_tokens(self) -> int:
+        """How many tokens every cut leaves at least: with beams enough that one goes on."""
+        return 1 + max(1, len(self.stops)) if self.num_beams > 1 else 1
+
+    def validate(self) -> None:
+        """Look for options that contradict each other; every contradiction is listed.
+
+        Raises:
+            ValueError: there is one; names its options and a way out.
+        """
+        from opt_core.generation.contradictions import contradictions
+
+        if faults := contradictions(self):
+            raise ValueError(
+                "options of generation contradict each other:\n  " + "\n  ".join(faults)
+            )
 
     def check_honoured(self) -> None:
         """Refuse what a file asks for and nobody here does.
@@ -150,12 +254,15 @@ class GenerationConfig:
         for name, value in options.items():
             setattr(result, name, value)
         result.check_honoured()
-        idle = [n for n in _SAMPLING if options.get(n) is not None and not result.do_sample]
-        if idle:
-            warnings.warn(
-                f"{' and '.join(idle)} changes nothing without do_sample=True", stacklevel=3
-            )
+        result._warn_of_idle(options)
         return result
+
+    def _warn_of_idle(self, options: Mapping[str, Any]) -> None:
+        waits = (self.do_sample, self.do_sample or bool(self.penalty_alpha), self.num_beams > 1)
+        for (names, need), is_met in zip(_IDLE, waits, strict=True):
+            idle = [n for n in names if options.get(n) not in (None, OPTIONS[n][0])]
+            if idle and not is_met:
+                warnings.warn(f"{' and '.join(idle)} changes nothing without {need}", stacklevel=4)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -227,9 +334,14 @@ class GenerationConfig:
         return result.merged(**changes) if changes else result
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into a folder, which is made if it is not there."""
+        """Write `generation_config.json` into a folder, which is made if it is not there.
+
+        Raises:
+            ValueError: options contradict each other; see `validate`.
+        """
         from opt_core.checkpoint import write_file
 
+        self.validate()
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_file(Path(folder) / GENERATION_FILE, self.to_json_string().encode())
 

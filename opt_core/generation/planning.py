@@ -1,44 +1,14 @@
-"""Lengths, stopping and buffers of one generation, decided before anything is computed."""
+"""Lengths and buffers of one generation, decided before anything is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from opt_core.generation.configuration import GenerationConfig
 
 #: What is generated when nobody names a length: this many tokens after the prompt.
 DEFAULT_NEW_TOKENS = 20
-
-Array = TypeVar("Array")
-CacheType = TypeVar("CacheType")
-
-
-class DecodeState(NamedTuple, Generic[Array, CacheType]):
-    """What one step of decoding takes and gives, in every framework.
-
-    P is the width of the prompt, N `Plan.max_new_tokens`, S `Plan.capacity`.
-
-    A step feeds the newest token of every row at its position, appends the token that is chosen
-    from the logits, and stops being asked once every row is finished or `length` is P + N.
-    """
-
-    #: int [B, P + N], or [B, S] where N is an argument of a compiled program: the prompt as given,
-    #: then what was chosen; `GenerationConfig.fill` where nothing is chosen yet, and after the stop
-    #: token of a row that is finished.
-    tokens: Array
-    #: int []: how many columns of `tokens` are settled; P before the first choice.
-    length: Array
-    #: bool [B]: the row has chosen a stop token.
-    finished: Array
-    #: int [B]: the position (without the table's offset) at which a row's newest token is fed:
-    #: the number of its real tokens before it. Padding, on either side, has no position.
-    positions: Array
-    #: bool [B, S]: the slots of the cache that may be attended to; False for padding and for what
-    #: is not filled yet. Slot i belongs to column i of `tokens`.
-    mask: Array
-    #: Keys and values of the columns that were fed: all but the newest one.
-    cache: CacheType
 
 
 class Plan(NamedTuple):
@@ -50,11 +20,28 @@ class Plan(NamedTuple):
     max_new_tokens: int
     #: The stop tokens are suppressed for this many steps.
     min_new_tokens: int
-    #: S: slots of the cache, at least P + N, rounded up so that compiled programs are reused.
+    #: W: columns of a buffer of tokens, at least P + N and a round of drafts, rounded up so that
+    #: compiled programs are reused.
+    width: int
+    #: S: slots of the cache, rounded up likewise. As W, but beams keep every token that any of them
+    #: tried, and contrastive search needs room for its candidates.
     capacity: int
     #: The columns that a compiled first pass is made for, from P to S: what follows the prompt in
     #: them is hidden, and overwritten by the tokens that are chosen.
     prompt_room: int
+
+
+#: Options that hold token ids.
+_TOKEN_OPTIONS = (
+    "eos_token_id",
+    "pad_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "force_words_ids",
+)
 
 
 class HasRoom(Protocol):
@@ -80,10 +67,12 @@ def plan(
     *,
     prompt_length: int,
     row_lengths: Sequence[int],
+    drafts: int = 0,
 ) -> Plan:
     """From the options, the width of the prompt and what its rows hold to the lengths of the run.
 
-    `prompt_length` counts columns, `row_lengths` the real tokens of every row. `max_length` and
+    `prompt_length` counts columns, `row_lengths` the real tokens of every row, `drafts` the tokens
+    that assisted decoding guesses before each pass. `max_length` and
     `min_length` count columns, as in transformers. Positions count real tokens, so padding takes
     none of them: the longest row and the new tokens together may not exceed
     `max_position_embeddings`, which gives every token of the result a position, also the last
@@ -93,21 +82,17 @@ def plan(
 
     Raises:
         ValueError: there is no room for the tokens asked for, a row has no token, the minimum is
-            above the maximum, a token id is outside the vocabulary, several sequences are asked of
-            a greedy choice, or an option is not honoured.
+            above the maximum, a token id is outside the vocabulary, options contradict each other,
+            or one is not honoured.
     """
     generation.check_honoured()
+    generation.validate()
     if 0 in row_lengths:
         raise ValueError(
             f"row {list(row_lengths).index(0)} of the prompt has no token to continue; "
             "give it at least one, such as bos_token_id, with 1 in attention_mask"
         )
     _check_tokens(generation, config)
-    if generation.num_return_sequences > 1 and not generation.do_sample:
-        raise ValueError(
-            f"num_return_sequences is {generation.num_return_sequences}, but greedy choice gives "
-            "the same sequence every time; set do_sample=True or leave it at 1"
-        )
     longest = max(row_lengths, default=0)
     room = config.max_position_embeddings - longest
     count, asked = _new_tokens(generation, prompt_length, room)
@@ -123,8 +108,22 @@ def plan(
             f"min_new_tokens or min_length asks for at least {minimum} new tokens, but {asked}; "
             "lower the minimum or raise the maximum"
         )
-    capacity = bucket(prompt_length + count)
-    return Plan(prompt_length, count, minimum, capacity, _prompt_room(prompt_length))
+    width = bucket(prompt_length + count + drafts)
+    return Plan(
+        prompt_length,
+        count,
+        minimum,
+        width,
+        max(width, bucket(_slots(generation, prompt_length, count))),
+        _prompt_room(prompt_length),
+    )
+
+
+def _slots(generation: GenerationConfig, prompt_length: int, count: int) -> int:
+    if generation.num_beams > 1:
+        return prompt_length + count * generation.num_beams
+    candidates = (generation.top_k or 0) if generation.penalty_alpha else 0
+    return prompt_length + count + candidates
 
 
 def _prompt_room(length: int) -> int:
@@ -150,11 +149,24 @@ def _new_tokens(generation: GenerationConfig, prompt_length: int, room: int) -> 
 
 
 def _check_tokens(generation: GenerationConfig, config: HasRoom) -> None:
-    tokens: list[tuple[str, Any]] = [("eos_token_id", stop) for stop in generation.stops]
-    tokens.append(("pad_token_id", generation.pad_token_id))
-    for name, token in tokens:
-        if token is not None and token >= config.vocab_size:
+    for name in _TOKEN_OPTIONS:
+        for token in _flat(getattr(generation, name)):
+            if token >= config.vocab_size:
+                raise ValueError(
+                    f"generation option {name} is {token}, outside the vocabulary of "
+                    f"{config.vocab_size}; give an id below that, or None"
+                )
+    for words, _ in generation.sequence_bias or ():
+        if max(words) >= config.vocab_size:
             raise ValueError(
-                f"generation option {name} is {token}, outside the vocabulary of "
-                f"{config.vocab_size}; give an id below that, or None"
+                f"generation option sequence_bias names token {max(words)}, outside the vocabulary "
+                f"of {config.vocab_size}; give ids below that"
             )
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif value is not None:
+        for item in value:
+            yield from _flat(item)

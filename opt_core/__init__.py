@@ -7,10 +7,17 @@ from opt_core.version import __version__
 
 if TYPE_CHECKING:
     from opt_core.config import OPTConfig
-    from opt_core.generation import GenerationConfig
+    from opt_core.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
     from opt_core.tokenizer import OPTTokenizer
 
-__all__ = ["GenerationConfig", "OPTConfig", "OPTTokenizer", "__version__"]
+__all__ = [
+    "GenerationConfig",
+    "OPTConfig",
+    "OPTTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "__version__",
+]
 
 # Where each name lives. They are imported when they are first asked for: the tokenizer's library
 # alone takes longer than everything that `import opt_core` needs.
@@ -18,6 +25,8 @@ _HOMES = {
     "GenerationConfig": "opt_core.generation",
     "OPTConfig": "opt_core.config",
     "OPTTokenizer": "opt_core.tokenizer",
+    "TextIteratorStreamer": "opt_core.generation",
+    "TextStreamer": "opt_core.generation",
 }
 
 

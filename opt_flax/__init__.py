@@ -10,7 +10,7 @@ except ImportError as fault:
 
 from opt_core import __version__
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig
+from opt_core.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
 from opt_flax.decoder import Cache
 from opt_flax.models import (
     FlaxOPTForCausalLM,
@@ -38,6 +38,8 @@ __all__ = [
     "FlaxOPTPreTrainedModel",
     "GenerationConfig",
     "OPTConfig",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "__version__",
     "shard",
     "shardings",

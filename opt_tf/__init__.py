@@ -16,7 +16,7 @@ if _keras.backend.backend() != "tensorflow":
 
 from opt_core import __version__
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig
+from opt_core.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
 from opt_tf.decoder import Cache
 from opt_tf.models import (
     TFOPTForCausalLM,
@@ -35,5 +35,7 @@ __all__ = [
     "TFOPTForSequenceClassification",
     "TFOPTModel",
     "TFOPTPreTrainedModel",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "__version__",
 ]

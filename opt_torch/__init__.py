@@ -9,7 +9,7 @@ except ImportError as fault:
 
 from opt_core import __version__
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig
+from opt_core.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
 from opt_torch.decoder import Cache
 from opt_torch.models import (
     OPTForCausalLM,
@@ -29,6 +29,8 @@ __all__ = [
     "OPTForSequenceClassification",
     "OPTModel",
     "OPTPreTrainedModel",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "__version__",
     "shard",
 ]

@@ -7,7 +7,12 @@ from opt_core.generation.options import NEUTRAL, OPTIONS
 from opt_core.generation.planning import DEFAULT_NEW_TOKENS, Plan, bucket, plan
 from opt_core.generation.states import BeamState, DecodeState
 from opt_core.generation.stops import StopTable
-from opt_core.generation.streaming import Streamer, receiver
+from opt_core.generation.streaming import (
+    Streamer,
+    TextIteratorStreamer,
+    TextStreamer,
+    receiver,
+)
 
 __all__ = [
     "DEFAULT_NEW_TOKENS",
@@ -24,6 +29,8 @@ __all__ = [
     "StopTable",
     "Strategy",
     "Streamer",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "bucket",
     "fresh_seed",
     "given",

@@ -94,9 +94,9 @@ def test_without_a_function_text_goes_to_standard_output_as_it_comes(
     for _ in range(2):
         streamer.put(np.array([ids("</s>", "hello")]))
         streamer.put(np.array(ids("Ġworld")))
-        assert shown.buffer.getvalue().endswith(b"hello world")  # type: ignore[attr-defined]
+        assert shown.buffer.getvalue().endswith(b"hello world")
         streamer.end()
-    assert shown.buffer.getvalue() == b"hello world\n" * 2  # type: ignore[attr-defined]
+    assert shown.buffer.getvalue() == b"hello world\n" * 2
 
 
 def test_several_rows_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from opt_core.generation.chain import ORDER, STEADY, Given, given
 from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig, Strategy
+from opt_core.generation.constraints import Candidate, ForcedWords, Hypothesis
 from opt_core.generation.draws import fresh_seed, uniforms
 from opt_core.generation.options import NEUTRAL, OPTIONS
 from opt_core.generation.planning import DEFAULT_NEW_TOKENS, Plan, bucket, plan
@@ -22,9 +23,12 @@ __all__ = [
     "ORDER",
     "STEADY",
     "BeamState",
+    "Candidate",
     "DecodeState",
+    "ForcedWords",
     "GenerationConfig",
     "Given",
+    "Hypothesis",
     "Plan",
     "StopTable",
     "Strategy",

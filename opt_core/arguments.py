@@ -225,3 +225,87 @@ def nan_scores(length: int) -> ValueError:
         f"the scores are NaN after {length} tokens; do the weights hold NaN or inf, or "
         "does the model overflow in this dtype?"
     )
+
+
+def no_token_left(length: int) -> ValueError:
+    """The error for a row whose every token is forbidden."""
+    return ValueError(
+        f"no token may be chosen after {length} tokens: every score is -inf; do the rules, or "
+        "the functions given to generate, forbid the whole vocabulary?"
+    )
+
+
+def check_past(held: int, rows: int, prompt: Shape) -> None:
+    """See that a cache of an earlier call holds the start of a prompt, and not all of it.
+
+    Raises:
+        ValueError: it holds other rows, or nothing is left to feed.
+    """
+    if rows != prompt[0]:
+        raise ValueError(f"past_key_values hold {rows} rows, but input_ids {prompt[0]}")
+    if held >= prompt[1]:
+        raise ValueError(
+            f"past_key_values hold {held} tokens, but input_ids have {prompt[1]} columns; give "
+            "the whole text, at least one token longer than what the cache holds"
+        )
+
+
+def check_assistant(strategy: str, vocab_size: int, drafts: int) -> None:
+    """See that a model may draft for another one.
+
+    `strategy` says how tokens are chosen without it, `vocab_size` and `drafts` are the sizes of
+    the model's and the assistant's vocabulary.
+
+    Raises:
+        ValueError: another strategy was asked for, or the vocabularies differ.
+    """
+    if strategy not in ("greedy", "sampling"):
+        raise ValueError(
+            f"assistant_model drafts for greedy choice and sampling, not for {strategy}; leave "
+            "one of the two out"
+        )
+    if vocab_size != drafts:
+        raise ValueError(
+            f"assistant_model has a vocabulary of {drafts}, the model one of {vocab_size}; an "
+            "assistant must know the same tokens"
+        )
+
+
+def assistant_needs(option: str, value: str) -> ValueError:
+    """The error for an option that does not go with drafts of an assistant."""
+    return ValueError(f"assistant_model needs {option}={value}; leave one of the two out")
+
+
+def beams_settle_late() -> ValueError:
+    """The error for a stream of what is settled at the end."""
+    return ValueError(
+        "beams settle at the end, so there is nothing to stream before it; call generate without "
+        "a streamer, or leave out num_beams"
+    )
+
+
+def one_row_at_a_time(rows: int) -> ValueError:
+    """The error for a stream of rows that run one after the other."""
+    return ValueError(
+        f"assisted decoding runs its {rows} rows one after the other, so they cannot be streamed "
+        "together; stream one row, or leave the drafts out"
+    )
+
+
+def missing_tokenizer() -> ValueError:
+    """The error for stop strings that nobody can spell."""
+    return ValueError("stop_strings are looked for in text: give the tokenizer as well")
+
+
+def check_answer(function: object, kind: str, found: Shape, allowed: tuple[Shape, ...]) -> None:
+    """See that a function of the caller's gave what it must.
+
+    Raises:
+        ValueError: it gave another shape; names the function.
+    """
+    if found not in allowed:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(
+            f"the {kind} {name} returned the shape {found}, expected "
+            + " or ".join(map(str, allowed))
+        )

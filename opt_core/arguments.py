@@ -250,6 +250,42 @@ def check_past(held: int, rows: int, prompt: Shape) -> None:
         )
 
 
+def past_without(option: str) -> ValueError:
+    """The error for an option that needs more of the earlier text than a cache holds."""
+    return ValueError(
+        f"past_key_values do not go with {option}, which needs the whole text again; leave one of "
+        "the two out"
+    )
+
+
+def past_holds_row(row: int) -> ValueError:
+    """The error for a row that ends within a cache, so that nothing of it is left to feed."""
+    return ValueError(
+        f"past_key_values hold all of row {row}: no real token of it comes after them; pad on the "
+        "left, or leave the last token out of the cache"
+    )
+
+
+def check_negative_prompt(shape: Shape, rows: int) -> None:
+    """See that there is a negative prompt for each row.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:
+        raise ValueError(
+            f"negative_prompt_ids are {shape}, expected ({rows}, tokens): one row for each of "
+            "input_ids"
+        )
+
+
+def unused_negative_prompt() -> ValueError:
+    """The error for a negative prompt without guidance."""
+    return ValueError(
+        "negative_prompt_ids guide nothing without guidance_scale; give one other than 1"
+    )
+
+
 def check_assistant(strategy: str, vocab_size: int, drafts: int) -> None:
     """See that a model may draft for another one.
 

@@ -1,150 +1,162 @@
-"""The rules that change a step's scores before a token is chosen, and the choice, in float64.
+"""The rules that change the scores of one text's next token, up to the functions of the user.
 
-A rule takes scores [B, V] and gives scores [B, V]; what it takes out of the choice becomes -inf. At
-least `keep` tokens stay (1 unless a strategy needs more). Ties go to the lowest id, except that
-`top_k` keeps every token that ties with the last one kept, as transformers does.
+A rule takes scores [V] and gives scores [V], in float64; what may not be chosen becomes -inf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from opt_core.generation import GenerationConfig
-from opt_core.reference.inputs import Floats, Ints, Mask
+from opt_core.generation import GenerationConfig, Plan
+from opt_core.reference.inputs import Floats
 
-#: The rules that take tokens out of the choice by comparing scores.
-_CUTS = ("top_k", "top_p", "min_p")
+#: What `remove_invalid_values` puts in the place of inf: a float64 would not fit the wings.
+LARGEST = float(np.finfo(np.float32).max)
 
-
-def repetition_penalty(scores: Floats, seen: Mask, penalty: float) -> Floats:
-    """Make the tokens that a row holds already, bool [B, V], less likely (CTRL, 1909.05858)."""
-    return np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+#: A word and what is added to the score of its last token.
+Bias = tuple[list[int], float]
 
 
-def suppress(scores: Floats, tokens: Sequence[int]) -> Floats:
+class Place(NamedTuple):
+    """Where a text stands when its next token is chosen."""
+
+    #: Its tokens, without padding, the prompt first.
+    text: list[int]
+    #: How many of them were chosen; padding or not, they are the last.
+    new: int
+    #: With groups of beams: what the beams of earlier groups have chosen in this step.
+    taken: Sequence[int] = ()
+
+
+def sequence_bias(scores: Floats, text: list[int], biases: Iterable[Bias]) -> Floats:
+    """Add a number to the last token of every word of which the text ends with the others."""
+    result = scores.copy()
+    for word, bias in biases:
+        *begun, last = word
+        if text[len(text) - len(begun) :] == begun:
+            result[last] += bias
+    return result
+
+
+def bad_words_ids(scores: Floats, text: list[int], words: list[list[int]]) -> Floats:
+    """Never complete these words."""
+    return sequence_bias(scores, text, [(word, -np.inf) for word in words])
+
+
+def diversity_penalty(scores: Floats, taken: Sequence[int], penalty: float) -> Floats:
+    """Lower each token by the penalty for every beam that took it (Diverse beams, 1610.02424)."""
+    return scores - penalty * np.bincount(np.array(taken, np.int64), minlength=len(scores))
+
+
+def repetition_penalty(scores: Floats, text: list[int], penalty: float) -> Floats:
+    """Make the tokens that the text holds already less likely (CTRL, 1909.05858)."""
+    result = scores.copy()
+    for token in set(text):
+        score = scores[token]
+        result[token] = score * penalty if score < 0 else score / penalty
+    return result
+
+
+def no_repeat_ngram_size(scores: Floats, text: list[int], size: int) -> Floats:
+    """Take out every token that would write a run of `size` tokens for the second time."""
+    grams = [text[i : i + size] for i in range(len(text) - size + 1)]
+    begun = text[len(text) - (size - 1) :]
+    return suppress_tokens(scores, [gram[-1] for gram in grams if gram[:-1] == begun])
+
+
+def suppress_tokens(scores: Floats, tokens: Iterable[int]) -> Floats:
     """Take tokens out of the choice, such as stop tokens until the least length is reached."""
     result = scores.copy()
-    result[:, list(tokens)] = -np.inf
+    result[list(tokens)] = -np.inf
     return result
 
 
-def temperature(scores: Floats, value: float) -> Floats:
-    """Flatten (above 1) or sharpen (below 1) the distribution."""
-    return scores / value
+def allow_tokens(scores: Floats, tokens: Iterable[int]) -> Floats:
+    """Take all other tokens out of the choice."""
+    allowed = set(tokens)
+    return suppress_tokens(scores, [t for t in range(len(scores)) if t not in allowed])
 
 
-def top_k(scores: Floats, count: int, keep: int = 1) -> Floats:
-    """Leave the `count` best tokens, and those that tie with the last of them."""
-    place = min(max(count, keep), scores.shape[1])
-    least = np.sort(scores, axis=1)[:, -place, None]  # [B, 1]
-    return np.where(scores < least, -np.inf, scores)
+def force_tokens(scores: Floats, tokens: Iterable[int]) -> Floats:
+    """Leave nothing but these tokens, all alike."""
+    return allow_tokens(np.zeros_like(scores), tokens)
 
 
-def top_p(scores: Floats, mass: float, keep: int = 1) -> Floats:
-    """Leave the smallest set of best tokens whose probabilities sum to `mass` (1904.09751)."""
-    dropped = mass_up_to(scores) <= 1 - mass
-    return np.where(dropped & ~_best(scores, keep), -np.inf, scores)
+def remove_invalid_values(scores: Floats) -> Floats:
+    """Put 0 for NaN and the largest numbers of float32 for inf."""
+    return np.nan_to_num(scores, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
 
 
-def min_p(scores: Floats, share: float, keep: int = 1) -> Floats:
-    """Leave the tokens with at least `share` of the best one's probability (2407.01082)."""
-    probability = softmax(scores)
-    dropped = probability < share * probability.max(axis=1, keepdims=True)
-    return np.where(dropped & ~_best(scores, keep), -np.inf, scores)
-
-
-def process(
-    generation: GenerationConfig, scores: Floats, *, seen: Mask, suppresses_stops: bool
-) -> tuple[Floats, Floats]:
-    """All active rules in their order: [B, V] -> [B, V], and how close each row's cuts were [B].
-
-    `seen` says which tokens a row holds. A cut's closeness is the smallest change of a score or a
-    probability that would have kept another set; inf without cuts.
-    """
-    margins = np.full(len(scores), np.inf)
-    for name in generation.rules:
-        before = scores
-        if name == "repetition_penalty":
-            scores = repetition_penalty(scores, seen, generation.repetition_penalty or 1.0)
-        elif name == "min_new_tokens":
-            scores = suppress(scores, generation.stops) if suppresses_stops else scores
-        elif name == "temperature":
-            scores = temperature(scores, generation.temperature or 1.0)
-        elif name == "top_k":
-            scores = top_k(scores, generation.top_k or 0)
-        elif name == "top_p":
-            scores = top_p(scores, 1.0 if generation.top_p is None else generation.top_p)
-        else:
-            scores = min_p(scores, generation.min_p or 0.0)
-        if name in _CUTS:
-            margins = np.minimum(margins, _cut_margin(generation, name, before, scores))
-    return scores, margins
-
-
-def best(scores: Floats) -> tuple[Ints, Floats]:
-    """The best token of every row [B], the lowest id of equals, and its lead on the second [B]."""
-    ordered = np.sort(scores, axis=1)
-    second = ordered[:, -2] if scores.shape[1] > 1 else np.full(len(scores), -np.inf)
-    return scores.argmax(axis=1).astype(np.int64), ordered[:, -1] - second
-
-
-def draw(scores: Floats, uniform: Floats) -> tuple[Ints, Floats]:
-    """Draw by the inverse of the cumulative distribution: [B, V], [B] in [0, 1) -> tokens [B].
-
-    The token is the first, in token order, at which the cumulative sum of the probabilities exceeds
-    the uniform times their total. Also the draw's distance to the nearest edge between tokens [B].
-    """
-    cumulative = np.exp(scores - scores.max(axis=1, keepdims=True)).cumsum(axis=1)
-    total = cumulative[:, -1:]
-    tokens = (cumulative > uniform[:, None] * total).argmax(axis=1).astype(np.int64)
-    is_edge = (cumulative > 0) & (cumulative < total)
-    distance = np.abs(cumulative / total - uniform[:, None])
-    return tokens, np.where(is_edge, distance, np.inf).min(axis=1)
-
-
-def softmax(scores: Floats) -> Floats:
-    """Probabilities [B, V]."""
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
-def mass_up_to(scores: Floats) -> Floats:
-    """For every token the probability of all that are no better, itself included [B, V]."""
-    order = _ranking(scores)[:, ::-1]
-    result = np.empty_like(scores)
-    sums = np.take_along_axis(softmax(scores), order, axis=1).cumsum(axis=1)
-    np.put_along_axis(result, order, sums, axis=1)
+def exponential_decay_length_penalty(
+    scores: Floats, stops: Sequence[int], past: int, factor: float
+) -> Floats:
+    """Raise the stop tokens ever more, `past` the number of tokens since it began."""
+    result = scores.copy()
+    for stop in stops:
+        # What may not be chosen stays so; in transformers it becomes NaN.
+        if past > 0 and np.isfinite(scores[stop]):
+            result[stop] += abs(scores[stop]) * (factor**past - 1)
     return result
 
 
-def _ranking(scores: Floats) -> Ints:
-    """Token ids from best to worst, of equals the lowest id first [B, V]."""
-    return np.argsort(-scores, axis=1, kind="stable").astype(np.int64)
+#: Every rule by its name in `GenerationConfig.rules`, but for those of `cuts`.
+RULES: Mapping[str, Callable[[Floats, Place, GenerationConfig, Plan], Floats]] = {
+    "sequence_bias": lambda scores, at, asked, _: sequence_bias(
+        scores, at.text, asked.sequence_bias or ()
+    ),
+    "diversity_penalty": lambda scores, at, asked, _: diversity_penalty(
+        scores, at.taken, asked.diversity_penalty or 0.0
+    ),
+    "repetition_penalty": lambda scores, at, asked, _: repetition_penalty(
+        scores, at.text, asked.repetition_penalty or 1.0
+    ),
+    "no_repeat_ngram_size": lambda scores, at, asked, _: no_repeat_ngram_size(
+        scores, at.text, asked.no_repeat_ngram_size or 0
+    ),
+    # A stop token alone is no bad word: a text may end.
+    "bad_words_ids": lambda scores, at, asked, _: bad_words_ids(
+        scores, at.text, [w for w in asked.bad_words_ids or () if w not in _alone(asked.stops)]
+    ),
+    "min_new_tokens": lambda scores, at, asked, planned: (
+        suppress_tokens(scores, asked.stops) if at.new < planned.min_new_tokens else scores
+    ),
+    "forced_bos_token_id": lambda scores, at, asked, _: (
+        force_tokens(scores, [asked.forced_bos_token_id or 0]) if len(at.text) == 1 else scores
+    ),
+    "forced_eos_token_id": lambda scores, at, asked, planned: (
+        force_tokens(scores, _several(asked.forced_eos_token_id))
+        if at.new == planned.max_new_tokens - 1
+        else scores
+    ),
+    "remove_invalid_values": lambda scores, *_: remove_invalid_values(scores),
+    "exponential_decay_length_penalty": lambda scores, at, asked, _: _decay(scores, at, asked),
+    "suppress_tokens": lambda scores, _, asked, __: suppress_tokens(
+        scores, asked.suppress_tokens or ()
+    ),
+    "begin_suppress_tokens": lambda scores, at, asked, _: (
+        suppress_tokens(scores, asked.begin_suppress_tokens or ())
+        if at.new == _first_free(at, asked)
+        else scores
+    ),
+}
 
 
-def _best(scores: Floats, count: int) -> Mask:
-    """Which tokens are among the `count` best [B, V]."""
-    result = np.zeros(scores.shape, np.bool_)
-    np.put_along_axis(result, _ranking(scores)[:, :count], True, axis=1)
-    return result
+def _alone(tokens: Iterable[int]) -> list[list[int]]:
+    return [[token] for token in tokens]
 
 
-def _cut_margin(generation: GenerationConfig, name: str, before: Floats, after: Floats) -> Floats:
-    """How far a cut was from keeping another set of tokens [B]."""
-    kept = np.isfinite(after)
-    lowest = np.where(kept, before, np.inf).min(axis=1)
-    highest = np.where(kept, -np.inf, before).max(axis=1)
-    margin: Floats = lowest - highest
-    if name == "top_k":
-        return margin
-    if name == "top_p":
-        distance = np.abs(mass_up_to(before) - (1 - (generation.top_p or 0.0)))
-    else:
-        probability = softmax(before)
-        share = generation.min_p or 0.0
-        distance = np.abs(probability - share * probability.max(axis=1, keepdims=True))
-    # The best token stays whatever its distance.
-    distance = np.where(_best(before, 1) | ~np.isfinite(before), np.inf, distance)
-    return np.asarray(np.minimum(margin, distance.min(axis=1)))
+def _several(tokens: int | list[int] | None) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+
+
+def _decay(scores: Floats, at: Place, asked: GenerationConfig) -> Floats:
+    start, factor = asked.exponential_decay_length_penalty or (0, 1.0)
+    return exponential_decay_length_penalty(scores, asked.stops, at.new - start, factor)
+
+
+def _first_free(at: Place, asked: GenerationConfig) -> int:
+    """Which new token is the first that is not forced."""
+    return int(asked.forced_bos_token_id is not None and len(at.text) - at.new == 1)

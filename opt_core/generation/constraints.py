@@ -64,6 +64,7 @@ class ForcedWords:
 
     def __init__(self, asked: GenerationConfig, planned: Plan) -> None:
         self._demands = [_demand(words) for words in asked.force_words_ids or ()]
+        self._stops = asked.stops
         self._beams, self._most = asked.num_beams, planned.max_new_tokens
         self._penalty, self._stopping = asked.length_penalty, asked.early_stopping
         #: The running beams: what was chosen, and the path of each.
@@ -105,7 +106,8 @@ class ForcedWords:
         """The best `count` hypotheses, after the last step.
 
         Where too few hold the words, others follow: those that still ran, then those that ended.
-        Fewer than `count` are found only where nothing else could be chosen.
+        Fewer than `count` are found only where nothing else could be chosen. Of several stop tokens
+        the first stands for whichever was chosen, as in transformers (with groups of beams, too).
         """
         running = [
             self._hypothesis(score, text, path)
@@ -115,7 +117,11 @@ class ForcedWords:
         met = [*self._pool, *(h for h in running if h.is_met)]
         others = (met, [h for h in running if not h.is_met], self._unmet)
         # A stable sort: of equals the older one is first.
-        return [h for one in others for h in sorted(one, key=lambda h: -h.score)][:count]
+        best = [h for one in others for h in sorted(one, key=lambda h: -h.score)][:count]
+        return [h._replace(tokens=self._shown(h.tokens)) for h in best]
+
+    def _shown(self, text: list[int]) -> list[int]:
+        return [*text[:-1], self._stops[0]] if text[-1] in self._stops else text
 
     def _keep(self, candidate: Candidate) -> None:
         found = self._hypothesis(

@@ -135,7 +135,16 @@ def search(run: Run) -> Searched:
         if not best:
             raise arguments.no_token_left(len(run.texts[row]))
         result.found.append(best[: asked.num_return_sequences])
+        if count > 1:
+            result.found[-1] = [_shown(run, one) for one in result.found[-1]]
     return result
+
+
+def _shown(run: Run, one: Hypothesis) -> Hypothesis:
+    """With groups, the first stop token stands for whichever ended a text, as in transformers."""
+    stops = run.asked.stops
+    is_stopped = one.tokens[-1] in stops
+    return one._replace(tokens=[*one.tokens[:-1], stops[0]]) if is_stopped else one
 
 
 def _step(

@@ -5,7 +5,7 @@ from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig,
 from opt_core.generation.constraints import Candidate, ForcedWords, Hypothesis
 from opt_core.generation.draws import fresh_seed, uniforms
 from opt_core.generation.options import NEUTRAL, OPTIONS
-from opt_core.generation.planning import DEFAULT_NEW_TOKENS, Plan, bucket, plan
+from opt_core.generation.planning import DEFAULT_NEW_TOKENS, Plan, bucket, plan, prompt_room
 from opt_core.generation.states import BeamState, DecodeState
 from opt_core.generation.stops import StopTable
 from opt_core.generation.streaming import (
@@ -39,6 +39,7 @@ __all__ = [
     "fresh_seed",
     "given",
     "plan",
+    "prompt_room",
     "receiver",
     "uniforms",
 ]

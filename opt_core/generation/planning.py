@@ -115,7 +115,7 @@ def plan(
         minimum,
         width,
         max(width, bucket(_slots(generation, prompt_length, count))),
-        _prompt_room(prompt_length),
+        prompt_room(prompt_length),
     )
 
 
@@ -126,7 +126,7 @@ def _slots(generation: GenerationConfig, prompt_length: int, count: int) -> int:
     return prompt_length + count + candidates
 
 
-def _prompt_room(length: int) -> int:
+def prompt_room(length: int) -> int:
     """As `bucket`, but finer for short prompts, where every hidden column is paid for."""
     return next((room for room in (8, 16, 32) if length <= room), bucket(length))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opt_core import reference
-from opt_core.generation import GenerationConfig
+from opt_core.generation import GenerationConfig, Strategy
 from opt_core.weights import Head
 from tests.cases import Arrays, random_weights, tiny
 from tests.wings import Wing
@@ -28,11 +28,27 @@ class Subject:
         return self.wing.generate(self.model, ids, attention_mask=mask, **options)
 
     def reference(self, ids: Any, mask: Any = None, **options: Any) -> reference.Generated:
-        asked = GenerationConfig.from_model_config(self.config).merged(**options)
-        return reference.generate_with_margins(self.config, self.weights, ids, mask, asked)
+        """The reference's tokens without beams, and how sure each is."""
+        return reference.generate_with_margins(*self._asked(ids, mask, options))
+
+    def record(
+        self, ids: Any, mask: Any = None, tokenizer: Any = None, **options: Any
+    ) -> reference.Record | None:
+        """All that the reference says, for any strategy; None if a choice was close."""
+        asked, call = self._asked(ids, mask, options), reference.Call(tokenizer=tokenizer)
+        if asked[-1].strategy not in (Strategy.BEAMS, Strategy.CONSTRAINED):
+            found = reference.generate_with_margins(*asked, call=call)
+            is_sure = found.margins.min() >= MARGIN
+        else:
+            is_sure = reference.is_sure(*asked, call=call, disturbances=1)
+        return reference.record(*asked, call=call) if is_sure else None
 
     def right(self, ids: Any, mask: Any = None, **options: Any) -> Any:
         """The reference's tokens, none of them a close choice."""
-        generated = self.reference(ids, mask, **options)
-        assert generated.margins.min() >= MARGIN
-        return generated.sequences
+        found = self.record(ids, mask, **options)
+        assert found is not None
+        return found.sequences
+
+    def _asked(self, ids: Any, mask: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+        asked = GenerationConfig.from_model_config(self.config).merged(**options)
+        return self.config, self.weights, ids, mask, asked

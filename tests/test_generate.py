@@ -1,8 +1,6 @@
-"""Generation: token for token what the reference and the reference data give, in any batch."""
+"""Generation: token for token what the reference gives, in any batch."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,72 +13,10 @@ from tests.cases import PAD, SWITCHES, Batch, batches, padded, random_weights, t
 from tests.subject import MARGIN, STD, Subject
 from tests.wings import Wing
 
-#: The entries of the reference data whose options are honoured; the others are refused.
-HONOURED = (
-    "greedy",
-    "greedy_no_eos",
-    "greedy_no_cache",
-    "greedy_left_padded",
-    "greedy_left_padded_no_cache",
-    "greedy_repeating_prompt",
-    "greedy_one_token_prompt",
-    "greedy_eos_mid",
-    "greedy_eos_list",
-    "max_length",
-    "max_new_tokens_wins",
-    "max_length_default_20",
-    "repetition_penalty_repeating_prompt",
-    "repetition_penalty_1.3",
-    "repetition_penalty_left_padded",
-    "repetition_penalty_0.8",
-    "min_new_tokens",
-    "min_length",
-    "min_new_tokens_batch",
-)
-
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
     return Subject(wing)
-
-
-# Reference data
-
-
-@pytest.fixture(scope="module")
-def data(shared: Path) -> Any:
-    return json.loads((shared / "reference/generation/sequences.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(wing: Wing, shared: Path) -> Any:
-    return wing.load(Head.CAUSAL_LM, shared / "reference/generation/model")
-
-
-@pytest.mark.parametrize("name", HONOURED)
-def test_tokens_are_those_of_the_reference_data(
-    wing: Wing, trained: Any, data: Any, name: str
-) -> None:
-    entry = next(entry for entry in data["entries"] if entry["name"] == name)
-    assert entry["smallest_gap_to_second"] >= MARGIN
-    inputs = {key: np.array(values) for key, values in data["inputs"][entry["inputs"]].items()}
-    found = wing.generate(trained, **inputs, **entry["kwargs"])
-    width = found.shape[1]
-    expected = [row + [PAD] * (width - len(row)) for row in entry["sequences"]]
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_every_other_entry_is_refused_by_the_name_of_its_option(
-    wing: Wing, trained: Any, data: Any
-) -> None:
-    others = [entry for entry in data["entries"] if entry["name"] not in HONOURED]
-    assert len(others) + len(HONOURED) == len(data["entries"])
-    for entry in others:
-        options = dict(entry["kwargs"])
-        if options.pop("assistant", False):
-            options["assistant_model"] = trained
-        with pytest.raises(ValueError, match=r"(?s)generation option \w+=.* is not honoured"):
-            wing.generate(trained, np.array([[2, 9]]), **options)
 
 
 # Against the reference

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.config import OPTConfig
@@ -16,6 +17,9 @@ from tests.cases import Arrays
 #: The package of the framework that each wing needs.
 FRAMEWORKS: Mapping[str, str] = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
 
+#: Arrays among the arguments of `generate`, besides the prompt.
+_ARRAYS = {"attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
+
 
 class Wing(ABC):
     """What tests ask of a wing. A model, and the cache it returns, stay the framework's own."""
@@ -23,6 +27,8 @@ class Wing(ABC):
     name: str
     #: The name of attention that only some devices can run; None if the wing has none.
     fused: str | None = None
+    #: Whether the functions of a call of `generate` can be traced into its programs.
+    traces: bool = False
 
     @abstractmethod
     def model_class(self, head: Head) -> Any:
@@ -87,9 +93,26 @@ class Wing(ABC):
         for tokens in model.stream(*self._prompt(input_ids, options), **options):
             yield self.numpy(tokens)
 
+    def on_host(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """A function of two NumPy arrays as one of the framework's; it cannot be traced."""
+
+        def wrapped(first: Any, second: Any) -> Any:
+            found = function(np.asarray(self.numpy(first)), np.asarray(self.numpy(second)))
+            return self.array(found) if isinstance(found, np.ndarray) else found
+
+        return wrapped
+
+    def traced(self, *, token: int, bias: float, vocab_size: int) -> tuple[Any, Any, Any]:
+        """A processor, a criterion and a prefix function of three parameters, to be traced.
+
+        They add the bias to a token, end a text after it, and allow every second token.
+        """
+        raise NotImplementedError
+
     def _prompt(self, input_ids: Any, options: dict[str, Any]) -> list[Any]:
-        if options.get("attention_mask") is not None:
-            options["attention_mask"] = self.array(options["attention_mask"])
+        for name in _ARRAYS & options.keys():
+            if options[name] is not None:
+                options[name] = self.array(options[name])
         return [] if input_ids is None else [self.array(input_ids)]
 
 

@@ -22,6 +22,7 @@ class FlaxWing(Wing):
     """opt_flax on the CPU."""
 
     name = "flax"
+    traces = True
     fused = "cudnn"
 
     def __init__(self) -> None:
@@ -94,6 +95,18 @@ class FlaxWing(Wing):
         if type(values) is tuple:
             return tuple(self.numpy(value) for value in values)
         return values
+
+    def traced(self, *, token: int, bias: float, vocab_size: int) -> tuple[Any, Any, Any]:
+        def processor(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+            return scores.at[:, token].add(bias)
+
+        def criterion(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+            return jnp.take(input_ids, cur_len - 1, axis=1) == token
+
+        def prefix(batch_id: Any, input_ids: Any, cur_len: Any) -> Any:
+            return jnp.arange(vocab_size) % 2 == cur_len % 2
+
+        return processor, criterion, prefix
 
     def _canonical(self, model: Any, params: Any) -> Arrays:
         stored = tensors(params, model.config, model.head)

@@ -22,6 +22,7 @@ class TfWing(Wing):
     """opt_tf on the CPU."""
 
     name = "tf"
+    traces = True
 
     def limit_threads(self) -> None:
         # TensorFlow settles its threads when it first computes; what comes later is too late.
@@ -89,6 +90,19 @@ class TfWing(Wing):
         if type(values) is tuple:
             return tuple(self.numpy(value) for value in values)
         return values
+
+    def traced(self, *, token: int, bias: float, vocab_size: int) -> tuple[Any, Any, Any]:
+        def processor(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+            place = tf.one_hot(token, scores.shape[-1], dtype=scores.dtype)
+            return scores + place * tf.cast(bias, scores.dtype)
+
+        def criterion(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+            return tf.gather(input_ids, cur_len - 1, axis=1) == token
+
+        def prefix(batch_id: Any, input_ids: Any, cur_len: Any) -> Any:
+            return tf.range(vocab_size) % 2 == cur_len % 2
+
+        return processor, criterion, prefix
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {n: v for n, v in inputs.items() if isinstance(v, np.ndarray)}

@@ -20,7 +20,9 @@ Given = Mapping[str, tuple[npt.NDArray[Any], ...]]
 #: - vocabulary: int [], the ids that may be chosen are those below
 #: - sequence_bias, bad_words_ids: int [n, L] ids, -1 for any; float [n], what is added to the last
 #:   id of a row where the text ends with the ids before it
-#: - diversity_penalty, repetition_penalty: float []
+#: - diversity_penalty: float [], for each earlier group's K / G best candidates of this step that
+#:   do not end by a stop token, string or criterion; in the last step too
+#: - repetition_penalty: float []
 #: - no_repeat_ngram_size: int []
 #: - min_new_tokens: bool [V] stop tokens; int [], the column from which they may be chosen
 #: - forced_bos_token_id: int [] token

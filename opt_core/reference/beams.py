@@ -107,7 +107,8 @@ def search(run: Run) -> Searched:
     these (beam, token) pairs are candidates (see `candidate_count`), of equals the one with the
     lowest beam * V + token first; `do_sample` draws them instead (see `drawn`). A candidate ends by
     a stop token, a stop string, a criterion, or because it is the last step. Group by group, the
-    tokens that a group's beams have taken lower their scores for those that follow.
+    tokens of the best K / G candidates that did not end, but for the last step, lower their scores
+    for the groups that follow; groups that were done before lower nothing.
 
     Raises:
         ValueError: as `score`; a text for which no token could be chosen.
@@ -167,15 +168,13 @@ def _step(
         sums = scores[row] + np.array([[beam.score] for beam in group.beams])
         candidates.append(drawn(sums, uniform[row]) if run.asked.do_sample else top(sums, M))
     ended = _ended(run, groups, candidates, scored.scores, M)
+    is_last = step == run.planned.max_new_tokens - 1
     for row, group in enumerate(groups):
-        if group.is_done:
-            continue
-        is_last = step == run.planned.max_new_tokens - 1
-        group.advance(
-            [(one, is_last or end) for one, end in zip(candidates[row], ended[row], strict=False)]
-        )
         if not group.is_done:
-            taken[row] += [beam.tokens[-1] for beam in group.beams if beam.score > -np.inf]
+            pairs = list(zip(candidates[row], ended[row], strict=False))
+            # Also in the last step, which ends all, groups are to differ from each other.
+            taken[row] += [one.token for one, ends in pairs if not ends][:size]
+            group.advance([(one, is_last or ends) for one, ends in pairs])
     return scores, scored.logits.reshape(scores.shape)
 
 

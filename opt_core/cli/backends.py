@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.cli import terminal
+from opt_core.cli.continuing import Ints, Sequences, listed, native_options
 from opt_core.config import DTYPES, OPTConfig
 
 if TYPE_CHECKING:
+    from opt_core.generation import GenerationConfig
     from opt_core.tokenizer import OPTTokenizer
 
-Ints = NDArray[np.int64]
 Scores = NDArray[np.floating[Any]]
 
 
@@ -30,6 +31,10 @@ class Backend(Protocol):
     @property
     def config(self) -> OPTConfig:
         """The model's configuration."""
+
+    @property
+    def model(self) -> Any:
+        """What another backend of the same kind takes as `assistant_model`."""
 
     def logits(self, ids: Ints, mask: Ints | None = None) -> Scores:
         """`[B, T] int -> [B, T, V]` float32 or float64: the scores of what follows each token.
@@ -42,10 +47,20 @@ class Backend(Protocol):
     ) -> Iterator[int]:
         """Continue `[1, P]` token by token; options are those of `GenerationConfig`.
 
-        Ids that the tokenizer lacks are never chosen.
+        Besides, `assistant_model` is a backend of the same kind, and `negative_prompt_ids` are
+        `[1, P]`. Ids that the tokenizer lacks are never chosen.
 
         Raises:
             ValueError: a bad option, or no room for the tokens asked for; with the first token.
+        """
+
+    def sequences(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Sequences:
+        """As `tokens`, all new ones of every returned sequence, and the scores of beams.
+
+        Raises:
+            ValueError: a bad option, or no room for the tokens asked for.
         """
 
 
@@ -110,10 +125,37 @@ class NumpyReference:
         """Each token, and the smallest change that could have made it another one."""
         from opt_core.reference import stream
 
-        asked = self.generation.merged(**options)
-        shown = np.ones_like(prompt)
-        steps = stream(self.config, self.weights, prompt, shown, asked, known=len(tokenizer))
+        asked, given = self._asked(prompt, tokenizer, options)
+        steps = stream(self.config, self.weights, prompt, np.ones_like(prompt), asked, **given)
         return ((int(tokens[0]), float(margins[0])) for tokens, margins in steps)
+
+    def sequences(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Sequences:
+        """As `Backend.sequences`."""
+        from opt_core.reference import record
+
+        asked, given = self._asked(prompt, tokenizer, options)
+        found = record(self.config, self.weights, prompt, np.ones_like(prompt), asked, **given)
+        return listed(found.sequences, found.sequences_scores, prompt)
+
+    def _asked(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The options, and what the reference takes besides."""
+        from opt_core.reference import Call
+
+        native = native_options(options, prompt, lambda array: array)
+        del native["attention_mask"]
+        assistant = native.pop("assistant_model", None)
+        arrays = {n: native.pop(n) for n in list(native) if n.startswith("negative_prompt")}
+        call = Call(assistant=assistant, tokenizer=tokenizer, **arrays)
+        return self.generation.merged(**native), {"known": len(tokenizer), "call": call}
+
+    @property
+    def model(self) -> tuple[OPTConfig, Any]:
+        """The configuration and the weights, which are all that a model is to the reference."""
+        return self.config, self.weights
 
 
 class TorchModel:
@@ -144,9 +186,33 @@ class TorchModel:
         import torch
 
         given = torch.from_numpy(prompt).to(self.model.device)
-        shown = torch.ones_like(given)
-        steps = self.model.stream(given, attention_mask=shown, tokenizer=tokenizer, **options)
+        steps = self.model.stream(given, tokenizer=tokenizer, **self._native(options, given))
         return (int(tokens[0]) for tokens in steps)
+
+    def sequences(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Sequences:
+        """As `Backend.sequences`."""
+        import torch
+
+        given = torch.from_numpy(prompt).to(self.model.device)
+        record: Any = self.model.generate(
+            given,
+            tokenizer=tokenizer,
+            return_dict_in_generate=True,
+            **self._native(options, given),
+        )
+        scores = record.sequences_scores
+        return listed(
+            record.sequences.cpu().numpy(),
+            None if scores is None else scores.cpu().numpy(),
+            prompt,
+        )
+
+    def _native(self, options: Mapping[str, Any], prompt: Any) -> dict[str, Any]:
+        import torch
+
+        return native_options(options, prompt, lambda a: torch.from_numpy(a).to(self.model.device))
 
 
 class TfModel:
@@ -184,10 +250,23 @@ class TfModel:
 
         with tf.device(self.device):
             given = tf.constant(prompt)
-            steps = self.model.stream(
-                given, attention_mask=tf.ones_like(given), tokenizer=tokenizer, **options
-            )
+            native = native_options(options, given, tf.constant)
+            steps = self.model.stream(given, tokenizer=tokenizer, **native)
             yield from (int(tokens[0]) for tokens in steps)
+
+    def sequences(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Sequences:
+        """As `Backend.sequences`."""
+        import tensorflow as tf
+
+        with tf.device(self.device):
+            given = tf.constant(prompt)
+            native = native_options(options, given, tf.constant)
+            record: Any = self.model.generate(
+                given, tokenizer=tokenizer, return_dict_in_generate=True, **native
+            )
+            return listed(record.sequences, record.sequences_scores, prompt)
 
 
 class FlaxModel:
@@ -220,10 +299,23 @@ class FlaxModel:
 
         with jax.default_device(self.device):
             given = prompt.astype(np.int32)
-            steps = self.model.stream(
-                given, attention_mask=np.ones_like(given), tokenizer=tokenizer, **options
-            )
+            native = native_options(options, given, lambda a: a.astype(np.int32))
+            steps = self.model.stream(given, tokenizer=tokenizer, **native)
             yield from (int(tokens[0]) for tokens in steps)
+
+    def sequences(
+        self, prompt: Ints, tokenizer: OPTTokenizer, options: Mapping[str, Any]
+    ) -> Sequences:
+        """As `Backend.sequences`."""
+        import jax
+
+        with jax.default_device(self.device):
+            given = prompt.astype(np.int32)
+            native = native_options(options, given, lambda a: a.astype(np.int32))
+            record: Any = self.model.generate(
+                given, tokenizer=tokenizer, return_dict_in_generate=True, **native
+            )
+            return listed(record.sequences, record.sequences_scores, prompt)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opt_core.cli import terminal
-from opt_core.cli.backends import WINGS, Backend, Ints, NumpyReference, installed
+from opt_core.cli.backends import WINGS, Backend, NumpyReference, installed
+from opt_core.cli.continuing import Ints
 
 NAME = "demo"
 DESCRIPTION = """\

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opt_core.cli import backends, sources
+from opt_core.cli import asking, backends, sources, terminal
+
+if TYPE_CHECKING:
+    from opt_core.cli.backends import Backend
+    from opt_core.cli.continuing import Ints
+    from opt_core.tokenizer import OPTTokenizer
 
 NAME = "generate"
 DESCRIPTION = """\
 continue a text, shown as it comes
 
 Takes the likeliest token each time, unless --sample or an option of sampling is given: then tokens
-are drawn. The same --seed draws the same tokens in every backend.
+are drawn. The same --seed draws the same tokens in every backend. Beams settle at the end, and so
+are shown at the end; several sequences as a table, with their scores.
+The texts of --force-word, --bad-word and --bias are taken as they are written, so that a space
+before a word counts; ids:5,6 names tokens instead.
 """
 EPILOG = """\
 examples:
   optlm generate tiny-opt --prompt "ROMEO:"
   optlm generate tiny-opt --prompt "ROMEO:" --temperature 0.8 --top-p 0.9 --seed 1
+  optlm generate tiny-opt --prompt "ROMEO:" --num-beams 4 --num-return-sequences 3
+  optlm generate tiny-opt --prompt "ROMEO:" --penalty-alpha 0.6 --top-k 4 --stop $'\\n\\n'
   optlm generate path/to/folder --prompt - < prompt.txt
   optlm generate facebook/opt-350m --prompt "The meaning of life is" --backend torch --dtype auto
+  optlm generate facebook/opt-6.7b --prompt "Once" --assistant facebook/opt-125m
 """
-
-DEFAULT_NEW_TOKENS = 50
-
-#: Options that mean sampling, and the type of each.
-_SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int}
-_HELP = {
-    "temperature": "flatten (above 1) or sharpen (below 1) the distribution (1)",
-    "top_k": "draw from this many likeliest tokens, 0 for all (50)",
-    "top_p": "draw from the likeliest tokens that have this much probability together (1)",
-    "min_p": "leave out tokens less likely than this share of the likeliest one",
-    "seed": "draw these numbers again (fresh ones)",
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,27 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="the text to continue; - reads it from stdin",
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"at most this many ({DEFAULT_NEW_TOKENS}, or what there is room for)",
-    )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sample", action="store_true", help="draw tokens")
-    for name, kind in _SAMPLING.items():
-        flag = f"--{name.replace('_', '-')}"
-        sampling.add_argument(flag, type=kind, metavar="X", help=_HELP[name])
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        help="make tokens that are there already less likely (1)",
-    )
-    parser.add_argument(
-        "--ignore-eos", action="store_true", help="go on after a token that ends the text"
-    )
     backends.add_options(parser)
+    asking.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,27 +59,55 @@ def run(options: argparse.Namespace) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokenizer = sources.tokenizer(options)
     backend = backends.load(options, sources.locate(options))
-    prompt = np.array([tokenizer(text)["input_ids"]], np.int64)
+    prompt = _ids(text, tokenizer)
     room = backend.config.max_position_embeddings - prompt.shape[1]
-    tokens = backend.tokens(prompt, tokenizer, generation_options(options, room))
-    decoder = tokenizer.decode_stream(skip_special_tokens=True)
-    pending = text
-    for token in tokens:
-        print(pending + decoder.step(token), end="", flush=True)
-        pending = ""
-    print(pending + decoder.finish())
+    asked = asking.asked(options, tokenizer, room)
+    if options.assistant is not None:
+        asked["assistant_model"] = _assistant(options)
+    if options.negative_prompt is not None:
+        asked["negative_prompt_ids"] = _ids(options.negative_prompt, tokenizer)
+    if asked.get("num_beams", 1) == 1 and asked.get("num_return_sequences", 1) == 1:
+        _show_as_it_comes(backend, text, prompt, tokenizer, asked)
+    else:
+        _show_at_the_end(backend, text, prompt, tokenizer, asked)
     return 0
 
 
-def generation_options(options: argparse.Namespace, room: int) -> dict[str, Any]:
-    """What a backend is asked for: drawing, if any option of it was given."""
-    given = {name: getattr(options, name) for name in (*_SAMPLING, "repetition_penalty")}
-    given = {name: value for name, value in given.items() if value is not None}
-    length = options.max_new_tokens
-    if length is None:
-        length = max(1, min(DEFAULT_NEW_TOKENS, room))
-    asked: dict[str, Any] = {"max_new_tokens": length, **given}
-    asked["do_sample"] = options.sample or any(name in given for name in _SAMPLING)
-    if options.ignore_eos:
-        asked["eos_token_id"] = None
-    return asked
+def _assistant(options: argparse.Namespace) -> Backend:
+    """The drafting model; revision and subfolder speak of the model itself."""
+    other = {**vars(options), "checkpoint": options.assistant, "revision": None, "subfolder": ""}
+    return backends.load(options, sources.locate(argparse.Namespace(**other)))
+
+
+def _ids(text: str, tokenizer: OPTTokenizer) -> Ints:
+    return np.array([tokenizer(text)["input_ids"]], np.int64)
+
+
+def _show_as_it_comes(
+    backend: Backend, text: str, prompt: Ints, tokenizer: OPTTokenizer, asked: dict[str, Any]
+) -> None:
+    decoder = tokenizer.decode_stream(skip_special_tokens=True)
+    pending = text
+    for token in backend.tokens(prompt, tokenizer, asked):
+        print(pending + decoder.step(token), end="", flush=True)
+        pending = ""
+    print(pending + decoder.finish())
+
+
+def _show_at_the_end(
+    backend: Backend, text: str, prompt: Ints, tokenizer: OPTTokenizer, asked: dict[str, Any]
+) -> None:
+    rows, scores = backend.sequences(prompt, tokenizer, asked)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    if len(texts) == 1:
+        print(text + texts[0])
+        return
+    # One line a sequence, so that a pipe can be read line by line.
+    shown = [
+        [str(place) if score is None else f"{score:.4f}", line.replace("\n", "\\n")]
+        for place, (score, line) in enumerate(zip(scores, texts, strict=True), 1)
+    ]
+    heading = "" if scores[0] is None else "score"
+    out = terminal.console()
+    out.print(text + "\n")
+    out.print(terminal.table([heading, "continuation"], shown, right=(heading,)))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opt_core.checkpoint import Checkpoint
-from opt_core.cli.backends import WINGS, Backend, Ints, NumpyReference, Scores, Wing, installed
+from opt_core.cli.backends import WINGS, Backend, NumpyReference, Scores, Wing, installed
+from opt_core.cli.continuing import Ints
 from opt_core.config import OPTConfig
 
 if TYPE_CHECKING:

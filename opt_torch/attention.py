@@ -21,23 +21,27 @@ class Visible(NamedTuple):
     """Which of S keys the T queries that start at place `start` may attend to.
 
     `shown` is bool `[B, S]`, or None where nothing is padded. `start` is a tensor where the
-    keys lie in a buffer of fixed length S.
+    keys lie in a buffer of fixed length S. Where `sees` is given, bool `[B, T, S]`, it says alone
+    which keys each query may attend to, at least one each, in the place of the causal order.
     """
 
     start: int | Tensor
     queries: int
     keys: int
     shown: Tensor | None
+    sees: Tensor | None = None
 
     @property
     def needs_mask(self) -> bool:
         """Whether a kernel that knows "causal" and "everything" must be told more."""
-        if self.shown is not None or isinstance(self.start, Tensor):
+        if self.shown is not None or self.sees is not None or isinstance(self.start, Tensor):
             return True
         return self.queries > 1 and self.queries != self.keys
 
     def mask(self, device: torch.device) -> Tensor:
         """Bool `[1 or B, 1, T, S]`, True where a query may attend."""
+        if self.sees is not None:
+            return self.sees.to(device)[:, None]
         places = torch.arange(self.queries, device=device) + self.start
         seen = torch.arange(self.keys, device=device) <= places[:, None]  # [T, S]
         if self.shown is None:
@@ -63,7 +67,7 @@ def choose(
         ValueError: flash attention was chosen and cannot run this call.
     """
     if implementation == "flash_attention_2":
-        _refuse_flash(dtype, device, weights)
+        _refuse_flash(dtype, device, weights, visible)
         return _flash(visible, dropout=dropout, device=device)
     if implementation == "eager" or weights:
         return partial(eager, mask=visible.mask(device), dropout=dropout)
@@ -112,7 +116,7 @@ def sdpa(
 
 def _blind(visible: Visible, mask: Tensor) -> Tensor | None:
     """Bool `[B, 1, T, 1]`, the queries that may attend nowhere; None if there is none."""
-    if visible.shown is None:
+    if visible.shown is None or visible.sees is not None:
         return None
     blind = ~mask.any(-1, keepdim=True)
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):
@@ -120,11 +124,18 @@ def _blind(visible: Visible, mask: Tensor) -> Tensor | None:
     return blind
 
 
-def _refuse_flash(dtype: torch.dtype, device: torch.device, weights: bool) -> None:
+def _refuse_flash(
+    dtype: torch.dtype, device: torch.device, weights: bool, visible: Visible
+) -> None:
     if weights:
         raise ValueError(
             "flash_attention_2 never holds the attention weights, so output_attentions cannot be "
             'honoured; load the model with attn_implementation="eager" or "sdpa"'
+        )
+    if visible.sees is not None and visible.queries > 1:
+        raise ValueError(
+            "flash_attention_2 knows the causal order alone, so beams and contrastive search "
+            'cannot run on it; load the model with attn_implementation="sdpa"'
         )
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(

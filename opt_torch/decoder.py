@@ -114,8 +114,11 @@ class Cache:
         new.keys, new.values, new.length = self.keys, self.values, int(self.length)
         return new
 
-    def extended(self, tokens: int) -> Cache:
-        """The cache for a call that adds tokens to this one; this one reads as before."""
+    def extended(self, tokens: int, room: int = 0) -> Cache:
+        """The cache for a call that adds tokens to this one; this one reads as before.
+
+        If it must grow, it gets room for at least so many.
+        """
         new = Cache(len(self.keys), self.capacity)
         new.keys, new.values = list(self.keys), list(self.values)
         new.start, new.length = self.length, self.length + tokens
@@ -123,7 +126,7 @@ class Cache:
             full = new.length > self.capacity
             new._copies = full or not self._take_right_to_write()
             if full and self.capacity:
-                new.capacity = -(-new.length // GROWTH) * GROWTH
+                new.capacity = max(room, -(-new.length // GROWTH) * GROWTH)
         return new
 
     def _take_right_to_write(self) -> bool:

@@ -1,90 +1,238 @@
-"""The rules that change a step's scores before a token is chosen, and the draw, in float64."""
+"""The rules that change a step's scores, up to the functions of the caller; none writes in place.
+
+A rule takes scores `[B, V]`, what it looks at, and the arrays of `opt_core.generation.given`; what
+it takes out of the choice becomes -inf. What each means stands in `opt_core.reference`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from opt_core.generation import DecodeState, GenerationConfig
-from opt_torch.decoder import Cache
-
-State = DecodeState[Tensor, Cache]
+from opt_core import arguments
 
 
-def ruled(
-    scores: Tensor,
-    state: State,
-    asked: GenerationConfig,
-    *,
-    known: int,
-    suppresses_stops: bool,
+class Prompt(NamedTuple):
+    """What every row starts with."""
+
+    #: int `[B, P0]`, as it was given.
+    given: Tensor
+    #: int `[B, P]`: the real tokens of each row, moved up to the end, with -1 before them.
+    text: Tensor
+    #: int `[R, P]`: what the model is fed; under guidance the rows without their prompt follow.
+    fed: Tensor
+    #: bool `[R, P]`, or None where nothing is padded.
+    shown: Tensor | None
+    #: The place of the first row in the batch that the caller knows.
+    first: int = 0
+
+    def repeated(self, copies: int) -> Prompt:
+        """Every row several times, in place."""
+        if copies == 1:
+            return self
+        shown = None if self.shown is None else self.shown.repeat_interleave(copies, 0)
+        given, text, fed = (
+            x.repeat_interleave(copies, 0) for x in (self.given, self.text, self.fed)
+        )
+        return Prompt(given, text, fed, shown)
+
+    def row(self, place: int) -> Prompt:
+        """One row alone, where nothing is guided."""
+        only = slice(place, place + 1)
+        shown = None if self.shown is None else self.shown[only]
+        return Prompt(self.given[only], self.text[only], self.fed[only], shown, place)
+
+
+class Seen(NamedTuple):
+    """What rules look at, for N rows that go on from B prompts."""
+
+    #: int `[N, length]`: a row's real tokens so far, -1 before them.
+    text: Tensor
+    prompt: Prompt
+    #: int `[N, n]`: the tokens that earlier groups of beams have taken in this step, -1 for none.
+    rivals: Tensor | None = None
+    #: bool `[N]`: whether anybody asks for the next token; None for all.
+    live: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """How many columns are settled."""
+        return self.text.shape[1]
+
+    @property
+    def copies(self) -> int:
+        """How many rows go on from each prompt."""
+        return len(self.text) // len(self.prompt.given)
+
+    @property
+    def ids(self) -> Tensor:
+        """Int `[N, P0 + n]`: the prompt as it was given, and what was chosen."""
+        start = self.prompt.given.repeat_interleave(self.copies, 0)
+        return torch.cat((start, self.text[:, self.prompt.text.shape[1] :]), dim=1)
+
+
+def vocabulary(scores: Tensor, _: Seen, known: int) -> Tensor:
+    """Ids that nobody can decode are never chosen."""
+    if known >= scores.shape[1]:
+        return scores
+    return F.pad(scores[:, :known], (0, scores.shape[1] - known), value=-torch.inf)
+
+
+def sequence_bias(scores: Tensor, seen: Seen, sequences: Tensor, bias: Tensor) -> Tensor:
+    """Add to the last id of a sequence where the text ends with the ids before it."""
+    before, last = sequences[:, :-1], sequences[:, -1]
+    width = before.shape[1]
+    ending = F.pad(seen.text[:, max(0, seen.length - width) :], (width, 0), value=-1)
+    ending = ending[:, ending.shape[1] - width :]  # [B, L - 1]
+    matches = ((before == -1) | (before == ending[:, None])).all(2)  # [B, n]
+    added = torch.where(matches & (last >= 0), bias, 0.0)
+    return scores.index_add(1, last.clamp(min=0), added)
+
+
+#: A bias of -inf.
+bad_words_ids = sequence_bias
+
+
+def diversity_penalty(scores: Tensor, seen: Seen, penalty: float) -> Tensor:
+    """Take off for every beam of an earlier group that took the token (1610.02424)."""
+    if seen.rivals is None:
+        return scores
+    room = F.pad(scores, (0, 1))  # the last place takes what is no token
+    rivals = torch.where(seen.rivals < 0, scores.shape[1], seen.rivals.long())
+    return room.scatter_add(1, rivals, scores.new_full(rivals.shape, -penalty))[:, :-1]
+
+
+def repetition_penalty(scores: Tensor, seen: Seen, penalty: float) -> Tensor:
+    """Make the tokens that a row holds less likely (CTRL, 1909.05858)."""
+    room = F.pad(scores, (0, 1))
+    text = _places(seen.text, scores)
+    held = room.gather(1, text)
+    held = torch.where(held < 0, held * penalty, held / penalty)
+    return room.scatter(1, text, held)[:, :-1]
+
+
+def no_repeat_ngram_size(scores: Tensor, seen: Seen, size: int) -> Tensor:
+    """Nothing that would end the same `size` tokens once more."""
+    if seen.length < size:
+        return scores
+    ngrams = seen.text.unfold(1, size, 1)  # [B, length - size + 1, size]
+    ending = seen.text[:, seen.length - size + 1 :]  # [B, size - 1]
+    repeats = (ngrams[:, :, :-1] == ending[:, None]).all(2) & (ending >= 0).all(1, keepdim=True)
+    banned = torch.where(repeats, ngrams[:, :, -1], -1)
+    return F.pad(scores, (0, 1)).scatter(1, _places(banned, scores), -torch.inf)[:, :-1]
+
+
+def min_new_tokens(scores: Tensor, seen: Seen, stops: Tensor, start: int) -> Tensor:
+    """No stop token before column `start`."""
+    return scores.masked_fill(stops, -torch.inf) if seen.length < start else scores
+
+
+def forced_bos_token_id(scores: Tensor, seen: Seen, token: int) -> Tensor:
+    """This token follows where a row holds one token alone."""
+    forced = torch.full_like(scores, -torch.inf)
+    forced[:, token] = 0
+    return torch.where(_holds_one(seen.text)[:, None], forced, scores)
+
+
+def forced_eos_token_id(scores: Tensor, seen: Seen, tokens: Tensor, last: int) -> Tensor:
+    """One of these tokens is chosen in the last column."""
+    if seen.length != last:
+        return scores
+    return torch.zeros_like(scores).masked_fill(~tokens, -torch.inf)
+
+
+def remove_invalid_values(scores: Tensor, _: Seen) -> Tensor:
+    """Numbers in the place of NaN and inf."""
+    ends = torch.finfo(torch.float32)
+    return scores.nan_to_num(0.0, ends.max, ends.min)
+
+
+def exponential_decay_length_penalty(
+    scores: Tensor, seen: Seen, stops: Tensor, start: int, factor: float
 ) -> Tensor:
-    """The scores after the active rules, in their order: `[B, V]` -> `[B, V]` float64.
+    """Stop tokens grow likelier from column `start` on."""
+    if seen.length <= start:
+        return scores
+    growth = factor ** (seen.length - start) - 1
+    return torch.where(stops, scores + scores.abs() * growth, scores)
 
-    A rule takes a token out of the choice by -inf. What each means stands in
-    `opt_core.reference.rules`. Ids from `known` on are never chosen. Where nothing is active the
-    scores stay as they are.
+
+def suppress_tokens(scores: Tensor, _: Seen, tokens: Tensor) -> Tensor:
+    """Never these tokens."""
+    return scores.masked_fill(tokens, -torch.inf)
+
+
+def begin_suppress_tokens(
+    scores: Tensor, seen: Seen, tokens: Tensor, first: int, forced: bool
+) -> Tensor:
+    """These tokens do not begin what is new: behind a first token that is forced, if there is."""
+    if not first <= seen.length <= first + forced:
+        return scores
+    is_forced = _holds_one(seen.text[:, :first]) & forced
+    begins = is_forced if seen.length > first else ~is_forced
+    return scores.masked_fill(begins[:, None] & tokens, -torch.inf)
+
+
+# The functions of a call
+
+
+def prefix_allowed_tokens_fn(
+    scores: Tensor, seen: Seen, allowed: Callable[[int, Tensor], Iterable[int]]
+) -> Tensor:
+    """Only the ids that the function names for a row of the batch and its text."""
+    result, copies = scores.clone(), seen.copies
+    live = [True] * len(scores) if seen.live is None else seen.live.tolist()
+    for row, text in enumerate(seen.ids):
+        if live[row]:
+            ids = [int(token) for token in allowed(seen.prompt.first + row // copies, text)]
+            result[row] = -torch.inf
+            result[row, ids] = scores[row, ids]
+    return result
+
+
+def logits_processor(scores: Tensor, seen: Seen, functions: Iterable[Any]) -> Tensor:
+    """Each function's scores in the place of those before it, float32 as a model gives them.
+
+    Raises:
+        ValueError: a function gives another shape; names it.
     """
-    if known < scores.shape[1]:
-        unknown = torch.arange(known, scores.shape[1], device=scores.device)
-        scores = scores.index_fill(1, unknown, -torch.inf)
-    if not asked.rules and not asked.do_sample:
-        return scores
-    scores = scores.double()
-    rules: dict[str, Callable[[], Tensor]] = {
-        "repetition_penalty": lambda: _penalised(scores, state, asked.repetition_penalty or 1.0),
-        "min_new_tokens": lambda: _without_stops(scores, asked, suppresses_stops),
-        "temperature": lambda: scores / (asked.temperature or 1.0),
-        "top_k": lambda: _top_k(scores, asked.top_k or 0),
-        "top_p": lambda: _top_p(scores, 1.0 if asked.top_p is None else asked.top_p),
-        "min_p": lambda: _min_p(scores, asked.min_p or 0.0),
-    }
-    for name in asked.rules:
-        scores = rules[name]()
-    return scores
+    ids, processed = seen.ids, scores.float()
+    shape = tuple(scores.shape)
+    for function in functions:
+        processed = function(ids, processed)
+        found = tuple(getattr(processed, "shape", ()))
+        arguments.check_answer(function, "logits processor", found, (shape,))
+    return processed.to(scores.dtype)
 
 
-def _penalised(scores: Tensor, state: State, penalty: float) -> Tensor:
-    length = int(state.length)
-    seen = torch.zeros_like(scores, dtype=torch.bool)
-    # Padding may share its id with a real token, so a hidden place must not clear a seen one.
-    rows, places = state.mask[:, :length].nonzero(as_tuple=True)
-    seen[rows, state.tokens[rows, places]] = True
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+def stopping_criteria(scores: Tensor, seen: Seen, functions: Iterable[Any]) -> Tensor:
+    """Bool `[N]`, the rows that a function ends, by the text and the scores behind it.
+
+    Raises:
+        ValueError: a function gives neither a bool nor one for each row; names it.
+    """
+    rows = len(seen.text)
+    ids, scores = seen.ids, scores.float()
+    ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+    for function in functions:
+        found = torch.as_tensor(function(ids, scores), device=ids.device)
+        shape = tuple(found.shape)
+        arguments.check_answer(function, "stopping criterion", shape, ((), (rows,)))
+        ended = ended | found.bool()
+    return ended
 
 
-def _without_stops(scores: Tensor, asked: GenerationConfig, active: bool) -> Tensor:
-    if not active:
-        return scores
-    stops = torch.tensor(asked.stops, device=scores.device)
-    return scores.index_fill(1, stops, -torch.inf)
+def _holds_one(text: Tensor) -> Tensor:
+    """Bool `[B]`: the row has one real token."""
+    if text.shape[1] == 1:
+        return torch.ones(len(text), dtype=torch.bool, device=text.device)
+    return text[:, -2] < 0
 
 
-def _top_k(scores: Tensor, count: int) -> Tensor:
-    least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
-    return scores.masked_fill(scores < least, -torch.inf)
-
-
-def _top_p(scores: Tensor, mass: float) -> Tensor:
-    # Best first, of equals the lowest id; the sum of a token and all that are no better runs back.
-    ranked, order = scores.sort(dim=1, descending=True, stable=True)
-    up_to = ranked.softmax(1).flip(1).cumsum(1).flip(1)
-    dropped = up_to <= 1 - mass
-    dropped[:, 0] = False
-    return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-
-
-def _min_p(scores: Tensor, share: float) -> Tensor:
-    probability = scores.softmax(1)
-    best, place = probability.max(1, keepdim=True)
-    return scores.masked_fill((probability < share * best).scatter(1, place, False), -torch.inf)
-
-
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution in token order: `[B, V]`, `[B]` -> `[B]`."""
-    cumulative = (scores - scores.amax(1, keepdim=True)).exp().cumsum(1)
-    aim = uniform[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, aim, right=True)[:, 0]
-    return places.clamp(max=scores.shape[1] - 1)
+def _places(text: Tensor, scores: Tensor) -> Tensor:
+    """Ids to index `[B, V + 1]` with: what is no token goes to the last place."""
+    return torch.where(text < 0, scores.shape[1], text).long()

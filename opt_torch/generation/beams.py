@@ -1,0 +1,385 @@
+"""Beam search: plain, drawn, or in groups; keys and values stay where they were written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt_core import arguments
+from opt_core.generation import BeamState
+from opt_torch.decoder import Cache
+from opt_torch.generation.collecting import Found, Notes
+from opt_torch.generation.cuts import best, draw_several
+from opt_torch.generation.decoding import (
+    advance,
+    apply_rules,
+    guided,
+    hidden_nan,
+    last,
+    logits,
+    prefill,
+    whole_pass,
+)
+from opt_torch.generation.rules import Seen, stopping_criteria
+from opt_torch.generation.setup import Run, candidates
+
+Beams = BeamState[Tensor, Cache]
+
+
+class Candidates(NamedTuple):
+    """What could follow the beams of a group, M for each text, best first."""
+
+    #: float64 `[B, M]`: running sums; -inf for what does not exist.
+    scores: Tensor
+    #: int `[B, M]`: places among all K beams, and tokens.
+    beams: Tensor
+    tokens: Tensor
+
+
+def search(run: Run, notes: Notes) -> Found:
+    """The best sequences of every text.
+
+    Raises:
+        ValueError: scores that are NaN, or a text for which nothing could be chosen.
+    """
+    state, scores = begin(run)
+    for count in range(run.plan.max_new_tokens):
+        state, wrong = _settle(run, state, scores, count, notes)
+        is_wrong, is_done = torch.stack((wrong.any(), state.done.all())).tolist()
+        if is_wrong:
+            raise arguments.nan_scores(int(state.length) - 1)
+        if is_done:
+            break
+        if count + 1 < run.plan.max_new_tokens:
+            state, scores = step(run, state)
+    return _found(run, state)
+
+
+def begin(run: Run) -> tuple[Beams, Tensor]:
+    """The beams of a prompt, of which the first of each group exists, and scores `[R * K, V]`."""
+    row, hidden = prefill(run)
+    B, W = row.tokens.shape
+    K, G = run.asked.num_beams, run.asked.num_beam_groups
+    tokens = row.tokens[:, None].repeat(1, K, 1)
+    running = torch.full((B, G, K // G), -torch.inf, dtype=torch.float64, device=tokens.device)
+    running[:, :, 0] = 0
+    nowhere = torch.full_like(running, -torch.inf).view(B, K)
+    slots = torch.zeros(B, K, W, dtype=torch.long, device=tokens.device)
+    state = Beams(
+        tokens=tokens,
+        length=row.length,
+        scores=running.view(B, K),
+        matched=row.matched[:, None].repeat(1, K),
+        slots=slots,
+        mask=row.mask[:, None].repeat(1, K, 1),
+        positions=row.positions[:, None].repeat(1, K),
+        pool=tokens.clone(),
+        pool_scores=nowhere,
+        pool_lengths=torch.zeros_like(slots[:, :, 0]),
+        pool_slots=slots.clone(),
+        done=torch.zeros(B, G, dtype=torch.bool, device=tokens.device),
+        cache=row.cache,
+    )
+    scores = logits(run, last(hidden, run.prompt.shown))
+    return state, scores.repeat_interleave(K, 0)
+
+
+def step(run: Run, state: Beams) -> tuple[Beams, Tensor]:
+    """Feed every beam's newest token: the state, and the scores `[R * K, V]` of the next."""
+    P, length = run.plan.prompt_length, int(state.length)
+    R, K = state.positions.shape
+    copies = R // len(state.tokens)
+    if not run.asked.use_cache:
+        new = state.tokens[:, :, P:length].repeat(copies, 1, 1).flatten(0, 1)
+        ids = torch.cat((run.prompt.fed.repeat_interleave(K, 0), new), dim=1)
+        shown = run.prompt.shown
+        if shown is not None:
+            shown = F.pad(shown.repeat_interleave(K, 0), (0, length - P), value=True)
+        hidden, _ = whole_pass(run, ids, shown, state.cache)
+        return state, logits(run, last(hidden, shown))
+    newest = state.tokens[:, :, length - 1].repeat(copies, 1)  # [R, K]
+    hidden, cache = advance(run, state.cache, newest, state.positions, state.mask)
+    state = state._replace(cache=cache, positions=state.positions + 1)
+    return state, logits(run, hidden.flatten(0, 1))
+
+
+def follow(run: Run, state: Beams, chosen: Candidates) -> Beams:
+    """The state in which K candidates `[B, K]` run: tokens, slots and masks move, nothing else."""
+    length, P, K = int(state.length), run.plan.prompt_length, run.asked.num_beams
+    copies = len(state.mask) // len(state.tokens)
+    tokens = _taken(state.tokens, chosen.beams)
+    tokens[:, :, length] = chosen.tokens
+    places = torch.arange(K, device=tokens.device)
+    own = P + (length - P) * K + places
+    slots, mask = _taken(state.slots, chosen.beams), state.mask
+    slots[:, :, length] = own
+    if run.asked.use_cache:
+        mask = _taken(mask, chosen.beams.repeat(copies, 1))
+        mask[:, places, own] = True
+    return state._replace(
+        tokens=tokens,
+        length=cast(Tensor, length + 1),
+        scores=chosen.scores,
+        matched=matched(run, state, chosen),
+        slots=slots,
+        mask=mask,
+    )
+
+
+def matched(run: Run, state: Beams, chosen: Candidates) -> Tensor:
+    """How much of a stop string each candidate ends with, `[B, M]`."""
+    before = state.matched.gather(1, chosen.beams)
+    return before if run.stops.after is None else run.stops.after[before, chosen.tokens].long()
+
+
+def _settle(
+    run: Run, state: Beams, scores: Tensor, count: int, notes: Notes
+) -> tuple[Beams, Tensor]:
+    """One step's choice, group by group: the state that runs on, and whose scores are NaN."""
+    B, K = state.scores.shape
+    k = K // run.asked.num_beam_groups
+    following = guided(run, scores)
+    live = (state.scores > -torch.inf) & ~state.done.repeat_interleave(k, 1)
+    wrong = hidden_nan(run, following).view(B, K)
+    following = following.view(B, K, -1)
+    groups, all_ruled = [], []
+    rivals = state.tokens.new_zeros(B, 0)
+    for start in range(0, K, k):
+        group = slice(start, start + k)
+        found, ruled = candidates_of(run, state, following[:, group], group, rivals, count)
+        settled = _settle_group(run, state, group, found, ruled, count)
+        groups.append(settled)
+        all_ruled.append(ruled.view(B, k, -1))
+        runs = (settled.running.scores > -torch.inf) & ~settled.done
+        rivals = torch.cat((rivals, settled.running.tokens.masked_fill(~runs, -1)), dim=1)
+    ruled = torch.cat(all_ruled, dim=1)  # [B, K, V]
+    notes.add(scores[: B * K], ruled.flatten(0, 1))
+    wrong = wrong | ruled.amax(2).isnan()
+    joined = [torch.cat(parts, dim=1) for parts in zip(*(g.pool for g in groups), strict=True)]
+    state = state._replace(
+        pool=joined[0],
+        pool_scores=joined[1],
+        pool_lengths=joined[2],
+        pool_slots=joined[3],
+        done=torch.cat([g.done for g in groups], dim=1),
+    )
+    running = (torch.cat(parts, dim=1) for parts in zip(*(g.running for g in groups), strict=True))
+    return follow(run, state, Candidates(*running)), wrong & live
+
+
+class _Group(NamedTuple):
+    """What a step makes of a group of k beams."""
+
+    #: `[B, k]` each.
+    running: Candidates
+    #: Sequences `[B, k, W]`, scores, lengths `[B, k]` and slots `[B, k, W]`, as in `BeamState`.
+    pool: tuple[Tensor, Tensor, Tensor, Tensor]
+    #: bool `[B, 1]`.
+    done: Tensor
+
+
+def _settle_group(
+    run: Run, state: Beams, group: slice, found: Candidates, ruled: Tensor, count: int
+) -> _Group:
+    """Keep the candidates that end, let the best of the others run, see whether that is all."""
+    k = group.stop - group.start
+    is_last = count + 1 == run.plan.max_new_tokens
+    ends = (
+        torch.ones_like(found.tokens, dtype=torch.bool)
+        if is_last
+        else ended(run, state, found, ruled)
+    )
+    was_done = state.done[:, group.start // k, None]
+    pool = _pooled(run, state, group, found, ends & ~was_done)
+    # Candidates are sorted: the first k that do not end, then, as beams that are none, the others.
+    order = ends.byte().argsort(dim=1, stable=True)[:, :k]
+    scores = found.scores.masked_fill(ends, -torch.inf)
+    running = Candidates(*(x.gather(1, order) for x in (scores, found.beams, found.tokens)))
+    asked, highest, worst = run.asked, running.scores[:, :1], pool[1][:, -1:]
+    longest = asked.early_stopping == "never" and asked.length_penalty > 0
+    length = run.plan.max_new_tokens if longest else count + 1
+    done = worst > -torch.inf
+    if asked.early_stopping is not True:
+        done = done & (highest / length**asked.length_penalty <= worst)
+    return _Group(running, pool, was_done | done | (highest == -torch.inf))
+
+
+def _pooled(
+    run: Run, state: Beams, group: slice, found: Candidates, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A group's pool with those of its best k candidates that end."""
+    k, length = group.stop - group.start, int(state.length)
+    scores, beams, tokens = (x[:, :k] for x in found)
+    old = (
+        state.pool[:, group],
+        state.pool_scores[:, group],
+        state.pool_lengths[:, group],
+        state.pool_slots[:, group],
+    )
+    enters = ends[:, :k] & (scores > -torch.inf)
+    if enters.device.type == "cpu" and not bool(enters.any()):
+        return old
+    count = length + 1 - run.plan.prompt_length
+    scores = (scores / count**run.asked.length_penalty).masked_fill(~enters, -torch.inf)
+    texts = _taken(state.tokens, beams)
+    texts[:, :, length] = tokens
+    new = (texts, scores, torch.full_like(beams, count), _taken(state.slots, beams))
+    both = [torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)]
+    # Of equals the older one stays first.
+    order = both[1].argsort(dim=1, descending=True, stable=True)[:, :k]
+    pool, pool_scores, lengths, slots = (_taken(x, order) for x in both)
+    return pool, pool_scores, lengths, slots
+
+
+def ended(run: Run, state: Beams, found: Candidates, ruled: Tensor) -> Tensor:
+    """Bool `[B, M]`: the candidates that end their text."""
+    ends = run.stops.tokens[found.tokens]
+    if run.stops.after is not None:
+        ends = ends | (matched(run, state, found) == len(run.stops.after) - 1)
+    if run.stops.criteria:
+        length = int(state.length)
+        texts = _taken(state.tokens, found.beams)[:, :, : length + 1]
+        texts[:, :, length] = found.tokens
+        seen = Seen(texts.flatten(0, 1), run.prompt)
+        ends = ends | stopping_criteria(ruled, seen, run.stops.criteria).view(ends.shape)
+    return ends
+
+
+def candidates_of(
+    run: Run, state: Beams, scores: Tensor, group: slice, rivals: Tensor | None, count: int
+) -> tuple[Candidates, Tensor]:
+    """The candidates of a group from the scores `[B, k, V]` of its beams, and those scores ruled.
+
+    Where nothing looks at all log-probabilities, they are computed for the best tokens alone, and
+    the second result is the sum `[B * k, 1]` that they would be taken from: NaN where a score is.
+    """
+    B, k, V = scores.shape
+    M = min(candidates(run.asked), k * V)
+    running = state.scores[:, group, None]  # [B, k, 1]
+    text = state.tokens[:, group, : state.length].flatten(0, 1)
+    if _is_plain(run):
+        flat = scores.reshape(B * k, V)
+        whole = flat.float().logsumexp(1, keepdim=True)
+        values, tokens = best(apply_rules(run, flat.float(), Seen(text, run.prompt)), M)
+        sums = (values.double() - whole).view(B, k, -1) + running
+        total, order = sums.flatten(1).sort(dim=1, descending=True, stable=True)
+        total, order = total[:, :M], order[:, :M]
+        at = tokens.reshape(B, -1).gather(1, order)
+        return Candidates(total, order // values.shape[1] + group.start, at), whole
+    live = (running[..., 0] > -torch.inf) & ~state.done[:, group.start // k, None]
+    rows = None if rivals is None else rivals.repeat_interleave(k, 0)
+    ruled = ruled_logs(run, scores.reshape(B * k, V), Seen(text, run.prompt, rows, live.flatten()))
+    sums = (ruled.view(B, k, V) + running).view(B, k * V)
+    if run.uniforms is None:
+        total, places = best(sums, M)
+    else:
+        total, places = _drawn(sums, run.uniforms[:, count])
+    return Candidates(total, places // V + group.start, places % V), ruled
+
+
+def _is_plain(run: Run) -> bool:
+    """Whether nothing needs the log-probability of every token."""
+    asked = run.asked
+    looks = asked.is_guided or asked.output_scores or run.stops.criteria or asked.force_words_ids
+    return run.uniforms is None and not looks and not run.rules.keys() - {"vocabulary"}
+
+
+def ruled_logs(run: Run, scores: Tensor, seen: Seen) -> Tensor:
+    """Log-probabilities after the rules; guidance has taken the logarithm already."""
+    if not run.asked.is_guided:
+        scores = scores.float().log_softmax(1)
+    return apply_rules(run, scores, seen).double()
+
+
+def _drawn(sums: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and places `[B, M]` of draws, best first, of equals the lowest place."""
+    places, are_real = draw_several(sums, uniforms)
+    places, order = places.sort(dim=1)
+    total = sums.gather(1, places).masked_fill(~are_real.gather(1, order), -torch.inf)
+    total, order = total.sort(dim=1, descending=True, stable=True)
+    return total, places.gather(1, order)
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """`[B, n, ...]`, int `[B, m]` -> `[B, m, ...]`."""
+    return x[torch.arange(len(x), device=x.device)[:, None], places]
+
+
+# What is returned
+
+
+def _found(run: Run, state: Beams) -> Found:
+    order = state.pool_scores.argsort(dim=1, descending=True, stable=True)
+    order = order[:, : run.asked.num_return_sequences]
+    parts = (state.pool, state.pool_scores, state.pool_lengths, state.pool_slots)
+    tokens, scores, lengths, slots = (_taken(x, order) for x in parts)
+    empty = (scores[:, 0] == -torch.inf).tolist()
+    if True in empty:
+        row = run.prompt.text[empty.index(True)]
+        raise arguments.no_token_left(int((row >= 0).sum()))
+    k = run.asked.num_beams // run.asked.num_beam_groups
+    if run.asked.num_beam_groups > 1:
+        tokens = _with_first_stop(run, tokens, lengths)
+    return gathered(run, state, tokens, scores, lengths, slots, order // k * k)
+
+
+def _with_first_stop(run: Run, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """With groups, the first stop token stands for whichever ended a text, as in transformers."""
+    if not run.asked.stops:
+        return tokens
+    at = (run.plan.prompt_length + lengths - 1).clamp(min=0)[..., None]
+    last_ones = tokens.gather(2, at)
+    shown = last_ones.masked_fill(run.stops.tokens[last_ones], run.asked.stops[0])
+    return tokens.scatter(2, at, shown)
+
+
+def gathered(
+    run: Run,
+    state: Beams,
+    tokens: Tensor,
+    scores: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    first: Tensor,
+) -> Found:
+    """What is returned for each text: `[B, r, W]` and `[B, r]` -> `Found`.
+
+    `first` is the beam that the first token followed.
+    """
+    P, K = run.plan.prompt_length, run.asked.num_beams
+    n = int(lengths.max())
+    B = len(scores)
+    places = torch.arange(n, device=tokens.device)
+    is_there = places < lengths[..., None]  # [B, r, n]
+    beams = torch.cat((first[..., None], (slots[:, :, P : P + n - 1] - P) % K), dim=2)
+    texts = torch.arange(B, device=tokens.device)[:, None, None] * K
+    indices = (beams + texts).masked_fill(~is_there, -1).flatten(0, 1)
+    return Found(
+        tokens[:, :, P : P + n].flatten(0, 1),
+        _own_cache(run, state, slots[:, :, : P + n - 1], lengths),
+        scores.flatten(),
+        indices,
+    )
+
+
+def _own_cache(run: Run, state: Beams, slots: Tensor, lengths: Tensor) -> Cache:
+    """The returned sequences' own keys and values; zeros where a shorter one was fed no more."""
+    if not (run.asked.use_cache and run.asked.return_dict_in_generate):
+        return Cache(0)
+    B, _, width = slots.shape
+    P = run.plan.prompt_length
+    columns = torch.arange(width, device=slots.device)
+    slots = torch.where(columns < P, columns, slots)
+    fed = (columns < P + lengths[..., None] - 1)[..., None]  # [B, r, width, 1]
+    rows = torch.arange(B, device=slots.device)[:, None, None]
+    pairs = []
+    for layer in zip(state.cache.keys, state.cache.values, strict=True):
+        # [B, H, S, D] -> [B, r, width, H, D] -> [B * r, H, width, D]
+        key, value = (
+            cast(Tensor, x).transpose(1, 2)[rows, slots].where(fed[..., None], 0.0) for x in layer
+        )
+        pairs.append((key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1).transpose(1, 2)))
+    return cast(Cache, Cache.of(pairs, len(pairs)))

@@ -1,0 +1,131 @@
+"""Beam search for texts that hold given words: bookkeeping on the host, scores as in `beams`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opt_core import arguments
+from opt_core.generation import Candidate, ForcedWords, Hypothesis
+from opt_torch.generation import beams
+from opt_torch.generation.beams import Beams, Candidates
+from opt_torch.generation.collecting import Found, Notes
+from opt_torch.generation.cuts import best
+from opt_torch.generation.decoding import guided, hidden_nan
+from opt_torch.generation.rules import Seen
+from opt_torch.generation.setup import Run, candidates
+
+
+def search(run: Run, notes: Notes) -> Found:
+    """The best sequences of every text, which hold the words if any could be found that do.
+
+    Raises:
+        ValueError: scores that are NaN, or a text for which nothing could be chosen.
+    """
+    texts = [ForcedWords(run.asked, run.plan) for _ in range(len(run.prompt.text))]
+    state, scores = beams.begin(run)
+    for count in range(run.plan.max_new_tokens):
+        ruled = _ruled(run, state, scores, texts, notes)
+        running = [_step(run, state, row, text, ruled[row]) for row, text in enumerate(texts)]
+        state = beams.follow(run, state, _candidates(running, state.tokens.device))
+        if all(text.is_done for text in texts):
+            break
+        if count + 1 < run.plan.max_new_tokens:
+            state, scores = beams.step(run, state)
+    return _found(run, state, texts)
+
+
+def _ruled(
+    run: Run, state: Beams, scores: Tensor, texts: list[ForcedWords], notes: Notes
+) -> Tensor:
+    """Log-probabilities after the rules, `[B, K, V]`.
+
+    Raises:
+        ValueError: a score of a beam that runs is NaN.
+    """
+    following = guided(run, scores)
+    done = torch.tensor([text.is_done for text in texts], device=scores.device)
+    live = ((state.scores > -torch.inf) & ~done[:, None]).flatten()
+    seen = Seen(state.tokens[:, :, : state.length].flatten(0, 1), run.prompt, live=live)
+    ruled = beams.ruled_logs(run, following, seen)
+    notes.add(scores[: len(live)], ruled)
+    if bool((live & (hidden_nan(run, following) | ruled.amax(1).isnan())).any()):
+        raise arguments.nan_scores(int(state.length))
+    return ruled.view(len(texts), run.asked.num_beams, -1)
+
+
+def _step(run: Run, state: Beams, row: int, text: ForcedWords, ruled: Tensor) -> list[Candidate]:
+    """The K candidates of one text that run next."""
+    if text.is_done:
+        return [Candidate(-torch.inf, 0, 0)] * len(ruled)
+    V = ruled.shape[1]
+    sums = ruled + state.scores[row, :, None]  # [K, V]
+    values, places = best(sums.view(1, -1), candidates(run.asked))
+    found = [
+        Candidate(value, *divmod(place, V))
+        for value, place in zip(values[0].tolist(), places[0].tolist(), strict=True)
+    ]
+
+    def total(beam: int, token: int) -> float:
+        return float(sums[beam, token])
+
+    return text.step(found, total, _ends(run, state, row, sums))
+
+
+def _ends(run: Run, state: Beams, row: int, sums: Tensor) -> Callable[[int, int], bool]:
+    """Whether a beam of a text would end with a token."""
+    own = run._replace(
+        prompt=run.prompt.row(row), stops=run.stops._replace(start=run.stops.start[row : row + 1])
+    )
+    alone = state._replace(tokens=state.tokens[row : row + 1], matched=state.matched[row : row + 1])
+
+    def ends(beam: int, token: int) -> bool:
+        place, chosen = (torch.tensor([[x]], device=sums.device) for x in (beam, token))
+        one = Candidates(sums[place, chosen], place, chosen)
+        return bool(beams.ended(own, alone, one, sums[beam : beam + 1]))
+
+    return ends
+
+
+def _candidates(running: list[list[Candidate]], device: torch.device) -> Candidates:
+    scores, places, tokens = (
+        torch.tensor([[getattr(one, name) for one in row] for row in running], device=device)
+        for name in ("score", "beam", "token")
+    )
+    return Candidates(scores.double(), places, tokens)
+
+
+def _found(run: Run, state: Beams, texts: list[ForcedWords]) -> Found:
+    """The results of all texts, in the form of a pool."""
+    count, fill = run.asked.num_return_sequences, run.asked.fill
+    P, N, K = run.plan.prompt_length, run.plan.max_new_tokens, run.asked.num_beams
+    nothing = Hypothesis(-torch.inf, [], [], True)
+    found = []
+    for row, text in enumerate(texts):
+        best_ones = text.results(count)
+        if not best_ones:
+            raise arguments.no_token_left(int((run.prompt.text[row] >= 0).sum()))
+        found.append(best_ones + [nothing] * (count - len(best_ones)))
+
+    def filled(values: list[int], value: int) -> list[int]:
+        return [0] * P + values + [value] * (N - len(values))
+
+    def table(rows: list[list[list[int]]]) -> Tensor:
+        return torch.tensor(rows, device=state.tokens.device)
+
+    tokens = table([[filled(one.tokens, fill) for one in row] for row in found])
+    # Token i was fed as beam path[i + 1] of step i.
+    slots = table(
+        [
+            [filled([P + i * K + b for i, b in enumerate(one.path[1:])], 0) for one in row]
+            for row in found
+        ]
+    )
+    lengths = torch.tensor([[len(one.tokens) for one in row] for row in found], device=slots.device)
+    scores = torch.tensor([[one.score for one in row] for row in found], device=slots.device)
+    first = torch.zeros_like(lengths)
+    return beams.gathered(
+        run, state, tokens.to(state.tokens.dtype), scores.double(), lengths, slots, first
+    )

@@ -1,0 +1,132 @@
+"""The rules of drawing, from temperature to renormalising, the draws, and the best of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opt_torch.generation.rules import Seen
+
+
+def temperature(scores: Tensor, _: Seen, value: float) -> Tensor:
+    """Flatter above 1, sharper below."""
+    return scores if value == 1 else scores / value
+
+
+def top_k(scores: Tensor, _: Seen, count: int) -> Tensor:
+    """The `count` best, and those that tie with the last of them; 0 for all."""
+    if not 0 < count < scores.shape[1]:
+        return scores
+    least = scores.topk(count).values[:, -1:]
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def top_p(scores: Tensor, _: Seen, mass: float, kept: int) -> Tensor:
+    """The smallest set of best tokens with this mass (1904.09751)."""
+    if mass >= 1:
+        return scores
+    # Best first, of equals the lowest id; the sum of a token and all that are no better runs back.
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    up_to = ranked.softmax(1).flip(1).cumsum(1).flip(1)
+    return _without(scores, up_to <= 1 - mass, order, kept)
+
+
+def min_p(scores: Tensor, _: Seen, share: float, kept: int) -> Tensor:
+    """The tokens with this share of the best one's probability (2407.01082)."""
+    if not share:
+        return scores
+    probability = scores.softmax(1)
+    least = share * probability.amax(1, keepdim=True)
+    return _but_the_best(scores, probability < least, kept)
+
+
+def typical_p(scores: Tensor, _: Seen, mass: float, kept: int) -> Tensor:
+    """The smallest set of the most typical tokens with this mass (2202.00666)."""
+    if mass >= 1:
+        return scores
+    log_probability = scores.log_softmax(1)
+    probability = log_probability.exp()
+    surprise = (log_probability + _entropy(log_probability)[:, None]).abs()
+    ranked, order = surprise.sort(dim=1, stable=True)
+    before = probability.gather(1, order).cumsum(1) < mass
+    last = before.sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    return _without(scores, ranked > ranked.gather(1, last), order, kept)
+
+
+def epsilon_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
+    """The tokens of at least this probability (2210.15191)."""
+    return _but_the_best(scores, scores.softmax(1) < least, kept)
+
+
+def eta_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
+    """As `epsilon_cutoff`, but lower where the entropy is high (2210.15191)."""
+    log_probability = scores.log_softmax(1)
+    eta = (least**0.5 * (-_entropy(log_probability)).exp()).clamp(max=least)
+    return _but_the_best(scores, log_probability.exp() < eta[:, None], kept)
+
+
+def renormalize_logits(scores: Tensor, _: Seen) -> Tensor:
+    """Log-probabilities of what is left."""
+    return scores.log_softmax(1)
+
+
+def _entropy(log_probability: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(log_probability.exp()).sum(1)
+    return entropy
+
+
+def _without(scores: Tensor, dropped: Tensor, order: Tensor, kept: int) -> Tensor:
+    """Drop by rank, but not the first of an order."""
+    dropped[:, :kept] = False
+    return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+
+
+def _but_the_best(scores: Tensor, dropped: Tensor, kept: int) -> Tensor:
+    _, places = best(scores, kept)
+    return scores.masked_fill(dropped.scatter(1, places, False), -torch.inf)
+
+
+def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best scores of every row, best first, and their places, of equals the lowest first."""
+    count = min(count, scores.shape[1])
+    if count == 1:
+        value, place = scores.max(1, keepdim=True)  # the first of equals
+        return value, place
+    values, places = scores.topk(min(count + 1, scores.shape[1]))
+    # `topk` leaves open which of equals it takes; a place of -inf is nobody's choice.
+    ties = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)
+    if bool(ties.any()):
+        values, places = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :count], places[:, :count]
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution in token order: `[B, V]`, `[B]` -> `[B]`."""
+    return _drawn((scores - scores.amax(1, keepdim=True)).exp(), uniform)
+
+
+def draw_several(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws without replacement: `[B, V]`, `[B, M]` -> places `[B, M]`, and where they are real.
+
+    What is drawn weighs nothing in the draws after it.
+    """
+    weights = (scores - scores.amax(1, keepdim=True)).exp().nan_to_num(0.0)
+    # Cuts leave few of the many: only columns that weigh something in a row are summed.
+    columns = weights.amax(0).nonzero()[:, 0]
+    if not columns.numel():
+        columns = weights.new_zeros(1, dtype=torch.long)
+    weights = weights[:, columns]
+    places, real = [], []
+    for uniform in uniforms.unbind(1):
+        place = _drawn(weights, uniform)[:, None]
+        real.append(weights.gather(1, place) > 0)
+        weights = weights.scatter(1, place, 0.0)
+        places.append(columns[place])
+    return torch.cat(places, 1), torch.cat(real, 1)
+
+
+def _drawn(weights: Tensor, uniform: Tensor) -> Tensor:
+    cumulative = weights.cumsum(1)
+    aim = uniform[:, None] * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, aim, right=True)[:, 0]
+    return places.clamp(max=weights.shape[1] - 1)

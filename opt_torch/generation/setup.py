@@ -1,0 +1,306 @@
+"""What is settled before the first pass: prompt, lengths, rules, draws, stops, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt_core import arguments
+from opt_core.generation import (
+    ORDER,
+    GenerationConfig,
+    Plan,
+    StopTable,
+    Strategy,
+    given,
+    plan,
+    uniforms,
+)
+from opt_torch.decoder import Cache, check_ids
+from opt_torch.generation import cuts, rules
+from opt_torch.generation.rules import Prompt, Seen
+from opt_torch.packed import PackedDecoder, packed
+from opt_torch.weights import agreed
+
+#: A rule that has its arrays.
+Rule = Callable[[Tensor, Seen], Tensor]
+#: A compiled pass: model, ids, positions, mask and cache -> hidden states, and the cache.
+FixedPass = Callable[..., tuple[Tensor, Cache]]
+
+
+class Asked(NamedTuple):
+    """The arguments of a call, besides the prompt and the options."""
+
+    attention_mask: Tensor | None = None
+    past_key_values: Any = None
+    logits_processor: Sequence[Any] = ()
+    stopping_criteria: Sequence[Any] = ()
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], Iterable[int]] | None = None
+    assistant_model: Any = None
+    negative_prompt_ids: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    tokenizer: Any = None
+
+
+class Stops(NamedTuple):
+    """What ends a row."""
+
+    #: bool `[V]`: the stop tokens.
+    tokens: Tensor
+    #: int `[n, V]`, as `StopTable.after`; None where no strings are looked for.
+    after: Tensor | None
+    #: int `[B]`: how much of a string each prompt ends with.
+    start: Tensor
+    criteria: Sequence[Any]
+
+
+class Run(NamedTuple):
+    """One generation: everything that is settled before the first pass."""
+
+    model: Any
+    asked: GenerationConfig
+    strategy: Strategy
+    plan: Plan
+    prompt: Prompt
+    rules: Mapping[str, Rule]
+    #: float64 `[B, N, draws]`; None where nothing is drawn.
+    uniforms: Tensor | None
+    stops: Stops
+    #: Keys and values of the first columns, from an earlier call.
+    past: Cache | None
+    #: The fast form of the decoder, where there is one.
+    packed: PackedDecoder | None
+    #: The compiled pass of a step, if it was asked for.
+    program: FixedPass | None = None
+    assistant: Any = None
+
+
+def settle(
+    model: Any,
+    input_ids: Tensor | None,
+    generation: GenerationConfig | None,
+    asked: Asked,
+    options: Mapping[str, Any],
+) -> Run:
+    """All of a call at once.
+
+    Raises:
+        ValueError: a bad option, prompt or argument, or no room for the tokens asked for.
+    """
+    merged = (generation or model.generation_config).merged(**options)
+    strategy = _strategy(model, merged, asked)
+    copies = merged.num_return_sequences if merged.num_beams == 1 else 1
+    ids = _ids(input_ids, merged, model)
+    shown = _shown(ids, asked.attention_mask, merged.padding_id)
+    past = _past(model, ids, shown, merged, asked.past_key_values)
+    start = _prompt(ids, shown, merged, asked)
+    planned = _plan(merged, model.config, start, ids.shape[1], strategy)
+    start = start.repeated(copies)
+    return Run(
+        model,
+        merged,
+        strategy,
+        planned,
+        start,
+        _rules(merged, planned, start, asked, model.config.vocab_size),
+        _uniforms(merged, planned, start, model),
+        _stops(merged, start, asked, model.config.vocab_size),
+        past if past is None or copies == 1 else _repeated_cache(past, copies),
+        packed(model, planned.max_new_tokens) if merged.use_cache else None,
+        assistant=asked.assistant_model,
+    )
+
+
+def _strategy(model: Any, merged: GenerationConfig, asked: Asked) -> Strategy:
+    """How tokens are chosen.
+
+    Raises:
+        ValueError: an assistant cannot draft for it.
+    """
+    strategy = merged.strategy
+    if asked.assistant_model is None:
+        return strategy
+    vocab_size = asked.assistant_model.config.vocab_size
+    arguments.check_assistant(strategy.value, model.config.vocab_size, vocab_size)
+    if not merged.use_cache:
+        raise arguments.assistant_needs("use_cache", "True")
+    if merged.is_guided:
+        raise arguments.assistant_needs("guidance_scale", "1.0")
+    return Strategy.ASSISTED
+
+
+# The prompt
+
+
+def _ids(input_ids: Tensor | None, merged: GenerationConfig, model: Any) -> Tensor:
+    if input_ids is not None:
+        return _checked(input_ids, model.config.vocab_size)
+    if merged.bos_token_id is None:
+        raise arguments.missing_prompt()
+    return torch.tensor([[merged.bos_token_id]], device=model.device)
+
+
+def _checked(ids: Tensor, vocab_size: int) -> Tensor:
+    found = arguments.Given(tuple(ids.shape), str(ids.dtype), ids.is_floating_point())
+    arguments.check_prompt(found)
+    check_ids(ids, vocab_size)
+    return ids
+
+
+def _shown(ids: Tensor, mask: Tensor | None, padding: int | None) -> Tensor:
+    """Bool `[B, P]`."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+    arguments.check_prompt_mask(tuple(mask.shape), tuple(ids.shape))
+    return mask.to(ids.device) != 0
+
+
+def _prompt(ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked) -> Prompt:
+    """The rows as asked and, under guidance, the rows without their prompt below them."""
+    fed = ids
+    if merged.is_guided:
+        others, are_shown = _without_prompt(ids, shown, merged, asked)
+        width = max(ids.shape[1], others.shape[1])
+        fed = torch.cat((_widened(ids, width), _widened(others, width)))
+        shown = torch.cat((_widened(shown, width), _widened(are_shown, width)))
+    elif asked.negative_prompt_ids is not None:
+        raise arguments.unused_negative_prompt()
+    real = shown[: len(ids)]
+    # False before True: padding first, then the real tokens in their order.
+    order = real.long().argsort(dim=1, stable=True)
+    text = fed[: len(ids)].gather(1, order).masked_fill(~real.gather(1, order), -1)
+    return Prompt(ids, text, fed, None if bool(shown.all()) else shown)
+
+
+def _without_prompt(
+    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked
+) -> tuple[Tensor, Tensor]:
+    """What the rows without their prompt begin with: `[B, Q]` ids and which of them are real."""
+    given_ids, mask = asked.negative_prompt_ids, asked.negative_prompt_attention_mask
+    if given_ids is None:
+        # The last real token, or any where there is none: then the plan refuses the row.
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(shown, places, 0).amax(1, keepdim=True)
+        return ids.gather(1, last), torch.ones_like(last, dtype=torch.bool)
+    given_ids = given_ids.to(ids)
+    arguments.check_negative_prompt(tuple(given_ids.shape), len(ids))
+    return given_ids, _shown(given_ids, mask, merged.padding_id)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (width - x.shape[1], 0))
+
+
+def _plan(
+    merged: GenerationConfig, config: Any, start: Prompt, given_width: int, strategy: Strategy
+) -> Plan:
+    R, P = start.fed.shape
+    lengths = [P] * R if start.shown is None else start.shown.sum(1).tolist()
+    drafts = 0
+    if strategy is Strategy.ASSISTED:
+        drafts = merged.prompt_lookup_num_tokens or merged.num_assistant_tokens
+    planned = plan(merged, config, prompt_length=given_width, row_lengths=lengths, drafts=drafts)
+    if given_width == P:
+        return planned
+    # Hidden columns, which a wide negative prompt makes, count in no length that was asked for.
+    new = merged.merged(max_new_tokens=planned.max_new_tokens, max_length=None, min_length=None)
+    wider = plan(new, config, prompt_length=P, row_lengths=lengths, drafts=drafts)
+    return wider._replace(min_new_tokens=planned.min_new_tokens)
+
+
+def _past(
+    model: Any, ids: Tensor, shown: Tensor, merged: GenerationConfig, given_past: Any
+) -> Cache | None:
+    """The cache of an earlier call, which holds the first columns of the prompt."""
+    past = Cache.of(given_past, model.config.num_hidden_layers)
+    if past is None:
+        return None
+    held = past.get_seq_length()
+    arguments.check_past(held, len(past[0][0]), tuple(ids.shape))
+    for option, clashes in (
+        ("use_cache=False", not merged.use_cache),
+        ("guidance_scale", merged.is_guided),
+        ("penalty_alpha", bool(merged.penalty_alpha)),
+    ):
+        if clashes:
+            raise arguments.past_without(option)
+    left = shown[:, held:].any(1)
+    if not bool(left.all()):
+        raise arguments.past_holds_row(int(left.long().argmin()))
+    return past
+
+
+def _repeated_cache(past: Cache, copies: int) -> Cache | None:
+    pairs = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in past]
+    return Cache.of(pairs, len(pairs))
+
+
+# Rules, draws and stops
+
+
+def _rules(
+    merged: GenerationConfig, planned: Plan, start: Prompt, asked: Asked, vocab_size: int
+) -> dict[str, Rule]:
+    """The active rules, in the order in which scores pass through them."""
+    known = vocab_size if asked.tokenizer is None else min(len(asked.tokenizer), vocab_size)
+    takes = given(merged, planned, vocab_size=vocab_size, known=known)
+    of_caller = {
+        "prefix_allowed_tokens_fn": asked.prefix_allowed_tokens_fn,
+        "logits_processor": asked.logits_processor,
+    }
+    result: dict[str, Rule] = {}
+    for name in ORDER:
+        if of_caller.get(name):
+            result[name] = partial(_applied, getattr(rules, name), (of_caller[name],))
+        elif name in merged.rules or (name == "vocabulary" and known < vocab_size):
+            rule = getattr(rules, name, None) or getattr(cuts, name)
+            result[name] = partial(_applied, rule, _arrays(takes[name], start.given.device))
+    return result
+
+
+def _applied(
+    rule: Callable[..., Tensor], takes: tuple[Any, ...], scores: Tensor, seen: Seen
+) -> Tensor:
+    return rule(scores, seen, *takes)
+
+
+def _arrays(values: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """Numbers as Python's, so that nothing waits for an accelerator; arrays as tensors."""
+    return tuple(x.item() if x.ndim == 0 else torch.from_numpy(x).to(device) for x in values)
+
+
+def _uniforms(merged: GenerationConfig, planned: Plan, start: Prompt, model: Any) -> Tensor | None:
+    if not merged.do_sample:
+        return None
+    draws = candidates(merged) if merged.num_beams > 1 else 1
+    numbers = uniforms(merged.seed, len(start.given), planned.max_new_tokens, draws)
+    on_device = torch.from_numpy(numbers).to(start.given.device)
+    return agreed(on_device, next(model.parameters()))
+
+
+def candidates(merged: GenerationConfig) -> int:
+    """How many of its (beam, token) pairs a group of beams looks at in a step."""
+    return max(2, 1 + len(merged.stops)) * (merged.num_beams // merged.num_beam_groups)
+
+
+def _stops(merged: GenerationConfig, start: Prompt, asked: Asked, vocab_size: int) -> Stops:
+    device = start.given.device
+    tokens = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    tokens[list(merged.stops)] = True
+    begun = torch.zeros(len(start.text), dtype=torch.long, device=device)
+    strings = merged.stop_strings
+    if strings is None:
+        return Stops(tokens, None, begun, asked.stopping_criteria)
+    if asked.tokenizer is None:
+        raise arguments.missing_tokenizer()
+    strings = [strings] if isinstance(strings, str) else strings
+    table = StopTable.of(strings, asked.tokenizer, vocab_size)
+    rows = ([i for i in row if i >= 0] for row in start.text.tolist())
+    begun = torch.tensor([table.start(row) for row in rows], device=device)
+    after = torch.from_numpy(table.after).to(device)
+    return Stops(tokens, after, begun, asked.stopping_criteria)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,46 @@ from opt_core import __version__
 Ids = np.ndarray[Any, Any]
 LEARNING_RATE = 1e-4
 
+#: How tokens are chosen, as options of our `generate` and of transformers'; `assistant_model` comes
+#: on top of "assisted".
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "assisted": {},
+}
+
 
 class OursOnKeras:
     """opt_tf."""
 
     def __init__(self, folder: Path, threads: int, dtype: str) -> None:
         tf = _tensorflow(threads)
-        self.tf, self.folder, self.dtype = tf, folder / "hf", dtype
+        self.tf, self.folder, self.dtype = tf, folder, dtype
         self.facts = {"optlm": __version__, "tensorflow": tf.__version__, "dtype": dtype}
 
     def load(self) -> None:
         from opt_tf import TFOPTForCausalLM
 
-        self.model = TFOPTForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        self.model = TFOPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
         self.forward = self.tf.function(lambda ids: self.model(ids)["logits"], jit_compile=True)
 
     def prefill(self, ids: Ids) -> None:
         self.forward(self.tf.constant(ids))
 
-    def decode(self, ids: Ids, count: int) -> None:
-        self.model.generate(self.tf.constant(ids), max_new_tokens=count, eos_token_id=None).numpy()
+    def decode(self, ids: Ids, count: int, way: str) -> None:
+        options = WAYS[way]
+        if way == "assisted":
+            options = {**options, "assistant_model": self._assistant}
+        self.model.generate(
+            self.tf.constant(ids), max_new_tokens=count, eos_token_id=None, **options
+        ).numpy()
+
+    @cached_property
+    def _assistant(self) -> Any:
+        from opt_tf import TFOPTForCausalLM
+
+        return TFOPTForCausalLM.from_pretrained(self.folder / "assistant", dtype=self.dtype)
 
     def train(self, ids: Ids) -> None:
         if self.dtype != "float32":
@@ -52,7 +73,7 @@ class OursOnJax:
         import flax
         import jax
 
-        self.jax, self.folder, self.dtype = jax, folder / "hf", dtype
+        self.jax, self.folder, self.dtype = jax, folder, dtype
         self.facts = {
             "optlm": __version__,
             "jax": jax.__version__,
@@ -66,15 +87,26 @@ class OursOnJax:
     def load(self) -> None:
         from opt_flax import FlaxOPTForCausalLM
 
-        self.model = FlaxOPTForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        self.model = FlaxOPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
         self.jax.block_until_ready(self.model.params)
 
     def prefill(self, ids: Ids) -> None:
         self.jax.block_until_ready(self.model(ids.astype(np.int32)).logits)
 
-    def decode(self, ids: Ids, count: int) -> None:
-        tokens = self.model.generate(ids.astype(np.int32), max_new_tokens=count, eos_token_id=None)
+    def decode(self, ids: Ids, count: int, way: str) -> None:
+        options = WAYS[way]
+        if way == "assisted":
+            options = {**options, "assistant_model": self._assistant}
+        tokens = self.model.generate(
+            ids.astype(np.int32), max_new_tokens=count, eos_token_id=None, **options
+        )
         np.asarray(tokens)
+
+    @cached_property
+    def _assistant(self) -> Any:
+        from opt_flax import FlaxOPTForCausalLM
+
+        return FlaxOPTForCausalLM.from_pretrained(self.folder / "assistant", dtype=self.dtype)
 
     def train(self, ids: Ids) -> None:
         if self.dtype != "float32":
@@ -110,7 +142,7 @@ class KerasHub:
             _tensorflow(threads)
         import keras
 
-        self.backend, self.keras = backend, keras
+        self.backend, self.keras, self.way = backend, keras, "greedy"
         self.facts = {"keras_hub": version("keras-hub"), "backend": backend, "dtype": "float32"}
 
     def load(self) -> None:
@@ -153,11 +185,27 @@ class KerasHub:
         self._ready()
         self.forward(_keras_inputs(ids))
 
-    def decode(self, ids: Ids, count: int) -> None:
+    def decode(self, ids: Ids, count: int, way: str) -> None:
         self._ready()
+        self._take(way)
         inputs = _keras_inputs(np.pad(ids, ((0, 0), (0, count))))
         inputs["padding_mask"][:, ids.shape[1] :] = 0
         self.model.generate(inputs, stop_token_ids=None)
+
+    def _take(self, way: str) -> None:
+        """Compile for a sampler, if that is another one than before."""
+        from keras_hub.samplers import BeamSampler, ContrastiveSampler
+
+        makes = {
+            "greedy": lambda: "greedy",
+            "beams": lambda: BeamSampler(num_beams=4),
+            "contrastive": lambda: ContrastiveSampler(k=4, alpha=0.6),
+        }
+        if way not in makes:
+            raise LookupError(f"KerasHub has no {way} decoding")
+        if way != self.way:
+            self.model.compile(sampler=makes[way](), jit_compile=True)
+            self.way = way
 
     def train(self, ids: Ids) -> None:
         self._ready()

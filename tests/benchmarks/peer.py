@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +16,26 @@ from typing import Any, Protocol
 import numpy as np
 
 from opt_core import __version__
-from tests.benchmarks.compiled import KerasHub, OursOnJax, OursOnKeras
+from tests.benchmarks.compiled import WAYS, KerasHub, OursOnJax, OursOnKeras
 
 SHAPES = {
     "prefill-1x512": (1, 512),
     "prefill-8x128": (8, 128),
     "decode-1": (1, 32),
     "decode-8": (8, 32),
+    "beam-4": (1, 32),
+    "contrastive": (1, 32),
+    "assisted": (1, 32),
     "train-4x256": (4, 256),
 }
-NEW_TOKENS = 128
+#: How many tokens follow, and how they are chosen.
+DECODING = {
+    "decode-1": (128, "greedy"),
+    "decode-8": (128, "greedy"),
+    "beam-4": (64, "beams"),
+    "contrastive": (64, "contrastive"),
+    "assisted": (64, "assisted"),
+}
 
 
 class System(Protocol):
@@ -38,8 +49,8 @@ class System(Protocol):
     def prefill(self, ids: np.ndarray[Any, Any]) -> None:
         """All logits of one pass."""
 
-    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
-        """Greedy, exactly `count` new tokens a row."""
+    def decode(self, ids: np.ndarray[Any, Any], count: int, way: str) -> None:
+        """Exactly `count` new tokens a row, chosen in one of the `compiled.WAYS`."""
 
     def train(self, ids: np.ndarray[Any, Any]) -> None:
         """One step of AdamW."""
@@ -56,6 +67,22 @@ class Torch:
         self.facts = {"torch": torch.__version__, "dtype": dtype}
         self.model: Any = None
         self.optimizer: Any = None
+
+    def _load(self, name: str) -> Any:
+        """A model of the folder of checkpoints."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        self.model = self._load("hf")
+
+    def _options(self, way: str) -> dict[str, Any]:
+        """Both take the same options, and an assistant as a model of their own."""
+        drafts = {"assistant_model": self._assistant} if way == "assisted" else {}
+        return {**WAYS[way], **drafts}
+
+    @cached_property
+    def _assistant(self) -> Any:
+        return self._load("assistant")
 
     def prefill(self, ids: np.ndarray[Any, Any]) -> None:
         with self.torch.no_grad():
@@ -81,13 +108,18 @@ class Ours(Torch):
         self.torch.set_float32_matmul_precision(precision)
         self.facts |= {"optlm": __version__, "matmul_precision": precision}
 
-    def load(self) -> None:
+    def _load(self, name: str) -> Any:
         from opt_torch import OPTForCausalLM
 
-        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
+        return OPTForCausalLM.from_pretrained(self.folder / name, dtype=self.dtype)
 
-    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
-        self.model.generate(self.torch.from_numpy(ids), max_new_tokens=count, eos_token_id=None)
+    def decode(self, ids: np.ndarray[Any, Any], count: int, way: str) -> None:
+        self.model.generate(
+            self.torch.from_numpy(ids),
+            max_new_tokens=count,
+            eos_token_id=None,
+            **self._options(way),
+        )
 
 
 class Transformers(Torch):
@@ -97,13 +129,14 @@ class Transformers(Torch):
         super().__init__(folder, threads, dtype)
         self.facts |= {"transformers": version("transformers")}
 
-    def load(self) -> None:
+    def _load(self, name: str) -> Any:
         from transformers import OPTForCausalLM
 
-        self.model = OPTForCausalLM.from_pretrained(self.folder / "hf", dtype=self.dtype)
-        self.model.train(False)
+        return OPTForCausalLM.from_pretrained(self.folder / name, dtype=self.dtype).eval()
 
-    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+    def decode(self, ids: np.ndarray[Any, Any], count: int, way: str) -> None:
+        if way == "contrastive":
+            raise LookupError("transformers 5 has no contrastive search of its own")
         batch = self.torch.from_numpy(ids)
         self.model.generate(
             batch,
@@ -111,6 +144,7 @@ class Transformers(Torch):
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
+            **self._options(way),
         )
 
 
@@ -132,11 +166,14 @@ class CTranslate2:
     def prefill(self, ids: np.ndarray[Any, Any]) -> None:
         self.generator.forward_batch(_words(ids))
 
-    def decode(self, ids: np.ndarray[Any, Any], count: int) -> None:
+    def decode(self, ids: np.ndarray[Any, Any], count: int, way: str) -> None:
+        if way not in ("greedy", "beams"):
+            raise LookupError(f"CTranslate2 has no {way} decoding")
         self.generator.generate_batch(
             _words(ids),
             max_length=count,
             min_length=count,
+            beam_size=WAYS[way].get("num_beams", 1),
             include_prompt_in_result=False,
         )
 
@@ -167,19 +204,26 @@ SYSTEMS: dict[str, Callable[[Path, int], System]] = {
 
 
 def prepare(folder: Path) -> None:
-    """Write the checkpoint that all peers read: the 125M shape, random weights, seed 0."""
+    """Write what all peers read: the 125M shape, random weights, seed 0; and an assistant.
+
+    The assistant is the first two layers of the model, so that it guesses some tokens right.
+    """
     import torch
 
     from opt_torch import OPTConfig, OPTForCausalLM
 
-    if (folder / "ct2").exists():
+    if (folder / "ct2").exists() and (folder / "assistant").exists():
         return
     torch.manual_seed(0)
-    OPTForCausalLM(OPTConfig()).save_pretrained(folder / "hf")
+    model = OPTForCausalLM(OPTConfig())
+    model.save_pretrained(folder / "hf")
+    assistant = OPTForCausalLM(OPTConfig(num_hidden_layers=2))
+    assistant.load_state_dict({n: model.state_dict()[n] for n in assistant.state_dict()})
+    assistant.save_pretrained(folder / "assistant")
     name_tokens(folder / "hf")
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
+    TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"), force=True)
 
 
 def name_tokens(folder: Path) -> None:
@@ -213,7 +257,8 @@ def run(system: System, case: str) -> dict[str, Any]:
         return {"ms": _timed(lambda: system.prefill(ids))}
     if case.startswith("train"):
         return {"ms": _timed(lambda: system.train(ids))}
-    return {"ms": _timed(lambda: system.decode(ids, NEW_TOKENS)) / NEW_TOKENS}
+    count, way = DECODING[case]
+    return {"ms": _timed(lambda: system.decode(ids, count, way)) / count}
 
 
 def _timed(call: Callable[[], None]) -> float:

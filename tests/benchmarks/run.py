@@ -24,6 +24,9 @@ CASES = {
     "prefill-8x128": "one pass over 8 rows of 128 tokens, all logits",
     "decode-1": "32 tokens of prompt and 128 new ones, a token",
     "decode-8": "8 rows of 32 tokens of prompt and 128 new ones, a step",
+    "beam-4": "32 tokens of prompt and 64 new ones by 4 beams, a step",
+    "contrastive": "32 tokens of prompt and 64 new ones by contrastive search over 4, a token",
+    "assisted": "32 tokens of prompt and 64 new ones, drafted by 2 of the 12 layers, a token",
     "train-4x256": "forward, backward and AdamW on 4 rows of 256 tokens",
 }
 PEERS = (

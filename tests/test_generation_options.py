@@ -1,7 +1,8 @@
-"""Options of generation, their file, and plans, without any framework."""
+"""Options of generation, what contradicts what, and their file, without any framework."""
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,10 @@ import pytest
 
 from opt_core.config import OPTConfig
 from opt_core.generation import (
-    DEFAULT_NEW_TOKENS,
     NEUTRAL,
     OPTIONS,
     GenerationConfig,
-    Plan,
-    bucket,
+    Strategy,
     plan,
 )
 
@@ -27,11 +26,6 @@ CONFIG = OPTConfig(
     num_attention_heads=2,
     max_position_embeddings=32,
 )
-
-
-def plan_of(width: int = 4, rows: list[int] | None = None, **options: Any) -> Plan:
-    generation = GenerationConfig(**options)
-    return plan(generation, CONFIG, prompt_length=width, row_lengths=rows or [width])
 
 
 # Options
@@ -56,6 +50,19 @@ def plan_of(width: int = 4, rows: list[int] | None = None, **options: Any) -> Pl
         ("eos_token_id", [2, -7], "a token id, a list of token ids or None"),
         ("pad_token_id", True, "a token id or None"),
         ("use_cache", None, "True or False"),
+        ("typical_p", 0, "a number above 0, at most 1 or None"),
+        ("epsilon_cutoff", 1, "a number from 0 to below 1 or None"),
+        ("bad_words_ids", [[]], "a list of lists of token ids or None"),
+        ("bad_words_ids", [3], "a list of lists of token ids or None"),
+        ("sequence_bias", [[[3], "x"]], "a list of [token ids, bias] or a mapping"),
+        ("sequence_bias", [[[3], float("inf")]], "a list of [token ids, bias] or a mapping"),
+        ("force_words_ids", [[[3], []]], "a list of lists of token ids (or of lists of such"),
+        ("exponential_decay_length_penalty", [1], "[the new token it starts at, a factor above 0]"),
+        ("early_stopping", "sometimes", 'True, False or "never"'),
+        ("length_penalty", None, "a number"),
+        ("num_beams", 0, "a whole number of at least 1"),
+        ("penalty_alpha", 1.1, "a number from 0 to 1 or None"),
+        ("stop_strings", [""], "a text, a list of texts or None"),
         ("seed", -1, "a whole number from 0 to 2**64 - 1"),
         ("seed", [1, 2**64], "a whole number from 0 to 2**64 - 1"),
     ],
@@ -87,8 +94,8 @@ def test_an_unknown_option_cannot_be_read() -> None:
 
 
 def test_an_option_that_is_not_honoured_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"num_beams=4 is not honoured; .* give 1 or None"):
-        GenerationConfig(num_beams=4)
+    with pytest.raises(ValueError, match=r"low_memory=True is not honoured; .* give False or None"):
+        GenerationConfig(low_memory=True)
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -100,8 +107,8 @@ def test_an_option_that_is_not_honoured_may_hold_what_asks_nothing(name: str) ->
 
 
 def test_an_array_is_no_neutral_value() -> None:
-    with pytest.raises(ValueError, match="bad_words_ids"):
-        GenerationConfig(bad_words_ids=np.zeros((2, 1)))
+    with pytest.raises(ValueError, match="dola_layers"):
+        GenerationConfig(dola_layers=np.zeros((2, 1)))
 
 
 def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
@@ -135,9 +142,26 @@ def test_a_length_given_in_a_call_wins_over_the_other_kind_in_the_file() -> None
     assert base.merged(max_length=None).max_new_tokens == 50
 
 
-def test_a_sampling_option_without_sampling_is_warned_about() -> None:
-    with pytest.warns(UserWarning, match="temperature and top_k changes nothing without do_sampl"):
-        GenerationConfig().merged(temperature=0.5, top_k=3)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.5, "eta_cutoff": 0.1}, "temperature and eta_cutoff .* do_sample=True"),
+        ({"top_k": 3}, "top_k changes nothing without do_sample=True or penalty_alpha"),
+        ({"length_penalty": 2.0}, "length_penalty changes nothing without num_beams above 1"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_warned_about(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.warns(UserWarning, match=words):
+        GenerationConfig().merged(**options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_options_that_others_wait_for_are_not_warned_about() -> None:
+    GenerationConfig().merged(penalty_alpha=0.6, top_k=4)
+    GenerationConfig(do_sample=True).merged(temperature=0.5, top_p=0.5)
+    GenerationConfig(num_beams=2).merged(length_penalty=2.0, early_stopping=True)
 
 
 def test_what_follows_a_stop_token_is_the_pad_id_or_the_first_stop_token() -> None:
@@ -152,6 +176,107 @@ def test_only_a_pad_id_that_stops_nothing_marks_padding() -> None:
     assert GenerationConfig(eos_token_id=2).padding_id is None
 
 
+def test_a_mapping_of_biases_becomes_a_list() -> None:
+    generation = GenerationConfig(sequence_bias={(3, np.int64(4)): 1.5, (5,): np.float32(-2)})
+    assert generation.to_dict()["sequence_bias"] == [[[3, 4], 1.5], [[5], -2.0]]
+    assert GenerationConfig.from_dict(json.loads(generation.to_json_string())) == generation
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({}, Strategy.GREEDY),
+        ({"do_sample": True}, Strategy.SAMPLING),
+        ({"num_beams": 2}, Strategy.BEAMS),
+        ({"num_beams": 2, "do_sample": True}, Strategy.BEAMS),
+        ({"num_beams": 2, "force_words_ids": [[3]]}, Strategy.CONSTRAINED),
+        ({"penalty_alpha": 0.6, "top_k": 4}, Strategy.CONTRASTIVE),
+        ({"penalty_alpha": 0.0}, Strategy.GREEDY),
+        ({"prompt_lookup_num_tokens": 3, "do_sample": True}, Strategy.ASSISTED),
+    ],
+)
+def test_options_name_a_strategy(options: dict[str, Any], strategy: Strategy) -> None:
+    assert GenerationConfig(**options).strategy is strategy
+
+
+def test_cuts_leave_a_token_that_goes_on_to_beams() -> None:
+    assert GenerationConfig(eos_token_id=[2, 3]).kept_tokens == 1
+    assert GenerationConfig(num_beams=2).kept_tokens == 2
+    assert GenerationConfig(num_beams=2, eos_token_id=[2, 3]).kept_tokens == 3
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3 and num_beams 2"),
+        ({"num_beams": 2, "penalty_alpha": 0.5}, "num_beams is above 1 and penalty_alpha"),
+        ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "num_beams is above 1 and prompt_look"),
+        ({"num_return_sequences": 2}, "greedy choice gives the same sequence every time"),
+        ({"diversity_penalty": 0.5}, "diversity_penalty acts between groups"),
+        ({"num_beam_groups": 2, "num_beams": 3, "diversity_penalty": 1.0}, "num_beams is 3, which"),
+        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups is above 1 without a diversity"),
+        (
+            {"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 1.0, "do_sample": True},
+            "groups are searched, not drawn",
+        ),
+        ({"force_words_ids": [[3]]}, "force_words_ids needs beams"),
+        ({"force_words_ids": [[3]], "num_beams": 2, "do_sample": True}, "words are forced by sea"),
+        (
+            {
+                "force_words_ids": [[3]],
+                "num_beams": 2,
+                "num_beam_groups": 2,
+                "diversity_penalty": 1.0,
+            },
+            "force_words_ids and num_beam_groups",
+        ),
+        ({"force_words_ids": [[[3], [3, 4]]], "num_beams": 2}, "of which one begins another"),
+        ({"penalty_alpha": 0.5, "do_sample": True}, "which draws nothing"),
+        ({"penalty_alpha": 0.5, "top_k": 1}, "give a top_k of at least 2"),
+        ({"penalty_alpha": 0.5, "prompt_lookup_num_tokens": 2}, "and prompt_lookup_num_tokens"),
+        ({"penalty_alpha": 0.5, "use_cache": False}, "penalty_alpha works on the cache"),
+        ({"prompt_lookup_num_tokens": 2, "use_cache": False}, "tokens works on the cache"),
+        ({"prompt_lookup_num_tokens": 2, "guidance_scale": 2.0}, "tokens and guidance_scale"),
+        ({"output_scores": True}, "output_scores needs the record"),
+        ({"output_hidden_states": True}, "output_hidden_states needs the record"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_with_their_names(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    generation = GenerationConfig(**options)
+    with pytest.raises(ValueError, match=f"(?s)contradict each other:.*{re.escape(words)}"):
+        generation.validate()
+    with pytest.raises(ValueError, match="contradict each other"):
+        plan(generation, CONFIG, prompt_length=4, row_lengths=[4])
+    with pytest.raises(ValueError, match="contradict each other"):
+        generation.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_contradictions_are_listed_at_once() -> None:
+    generation = GenerationConfig(num_beams=3, num_beam_groups=2, num_return_sequences=4)
+    with pytest.raises(ValueError, match="contradict") as error:
+        generation.validate()
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_what_goes_together_is_accepted() -> None:
+    words = [[3, 4], [[5], [6, 7]]]
+    for options in (
+        {"num_beams": 4, "num_return_sequences": 4, "do_sample": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "force_words_ids": words, "guidance_scale": 1.5},
+        {"penalty_alpha": 0.5, "top_k": 4, "repetition_penalty": 1.2},
+        {"prompt_lookup_num_tokens": 3, "do_sample": True, "top_p": 0.9},
+        {"output_scores": True, "return_dict_in_generate": True},
+    ):
+        GenerationConfig(**options).validate()
+
+
 # Files
 
 
@@ -164,14 +289,14 @@ def test_keys_nobody_knows_are_kept_and_written_back() -> None:
     assert generation.to_dict()["transformers_version"] == "5.0"
 
 
-def test_a_file_that_asks_for_beams_can_be_read_but_not_generated_by() -> None:
-    generation = GenerationConfig.from_dict({"num_beams": 4})
-    assert generation.to_dict() == {"num_beams": 4}
-    with pytest.raises(ValueError, match="num_beams=4 is not honoured"):
+def test_a_file_that_asks_for_what_is_not_honoured_can_be_read_but_not_generated_by() -> None:
+    generation = GenerationConfig.from_dict({"dola_layers": "low"})
+    assert generation.to_dict() == {"dola_layers": "low"}
+    with pytest.raises(ValueError, match="dola_layers='low' is not honoured"):
         generation.merged()
-    with pytest.raises(ValueError, match="num_beams=4 is not honoured"):
+    with pytest.raises(ValueError, match="dola_layers='low' is not honoured"):
         plan(generation, CONFIG, prompt_length=4, row_lengths=[4])
-    assert generation.merged(num_beams=1).to_dict() == {}
+    assert generation.merged(dola_layers=None).to_dict() == {}
 
 
 def test_a_null_in_a_file_is_absent_where_none_is_no_value() -> None:
@@ -224,88 +349,3 @@ def test_every_option_is_an_annotated_field() -> None:
 
 def test_the_text_of_a_configuration_is_its_file() -> None:
     assert repr(GenerationConfig(top_k=3)) == 'GenerationConfig {\n  "top_k": 3\n}\n'
-
-
-# Plans
-
-
-def test_without_a_length_twenty_tokens_follow_the_prompt() -> None:
-    assert plan_of(4).max_new_tokens == DEFAULT_NEW_TOKENS
-
-
-def test_without_a_length_the_positions_end_the_text() -> None:
-    assert plan_of(30).max_new_tokens == 2
-
-
-def test_max_new_tokens_wins_over_max_length() -> None:
-    assert plan_of(4, max_length=6, max_new_tokens=9).max_new_tokens == 9
-    assert plan_of(4, max_length=6).max_new_tokens == 2
-
-
-def test_the_larger_minimum_counts() -> None:
-    assert plan_of(4, min_length=9, min_new_tokens=2).min_new_tokens == 5
-    assert plan_of(4, min_length=3).min_new_tokens == 0
-
-
-def test_the_last_position_may_be_used_and_the_next_may_not() -> None:
-    assert plan_of(4, max_new_tokens=28).max_new_tokens == 28
-    with pytest.raises(ValueError, match=r"has 4 tokens .* 29: together 33, but .* is 32; ask for"):
-        plan_of(4, max_new_tokens=29)
-    with pytest.raises(ValueError, match="max_length 33 leaves 29 new ones: together 33"):
-        plan_of(4, max_length=33)
-
-
-def test_a_prompt_that_fills_the_positions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the longest prompt has 32 tokens .*; shorten"):
-        plan_of(32)
-
-
-def test_padding_takes_no_position() -> None:
-    planned = plan_of(40, [4, 12], max_new_tokens=20)
-    assert planned.max_new_tokens == 20
-    assert planned.capacity >= 60
-
-
-def test_a_max_length_within_the_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_length is 4, but the prompt is 4 tokens wide"):
-        plan_of(4, max_length=4)
-
-
-def test_a_minimum_above_the_maximum_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 5 new tokens, but max_new_tokens is 3"):
-        plan_of(4, min_new_tokens=5, max_new_tokens=3)
-
-
-def test_a_row_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="row 1 of the prompt has no token to continue"):
-        plan_of(4, [4, 0])
-
-
-def test_token_ids_outside_the_vocabulary_are_refused() -> None:
-    with pytest.raises(ValueError, match="eos_token_id is 60, outside the vocabulary of 60"):
-        plan_of(4, eos_token_id=[2, 60])
-    with pytest.raises(ValueError, match="pad_token_id is 61, outside the vocabulary of 60"):
-        plan_of(4, pad_token_id=61)
-
-
-def test_several_greedy_sequences_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_return_sequences is 2, but greedy choice gives the"):
-        plan_of(4, num_return_sequences=2)
-    assert plan_of(4, num_return_sequences=2, do_sample=True).max_new_tokens == 20
-
-
-def test_few_programs_serve_all_lengths() -> None:
-    lengths = range(1, 2049)
-    assert all(bucket(n) >= n for n in lengths)
-    assert all(bucket(n) - n < max(64, n / 8) for n in lengths)
-    assert len({bucket(n) for n in lengths}) == 24
-
-
-@pytest.mark.parametrize("length", [1, 8, 9, 17, 33, 64, 65, 200, 1025, 2000])
-def test_a_compiled_first_pass_has_room_for_the_prompt_within_the_cache(length: int) -> None:
-    config = OPTConfig()
-    planned = plan(
-        GenerationConfig(max_new_tokens=1), config, prompt_length=length, row_lengths=[length]
-    )
-    assert length <= planned.prompt_room <= planned.capacity
-    assert planned.prompt_room <= max(8, 2 * length)

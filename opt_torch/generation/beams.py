@@ -153,8 +153,7 @@ def _settle(
         settled = _settle_group(run, state, group, found, ruled, count)
         groups.append(settled)
         all_ruled.append(ruled.view(B, k, -1))
-        runs = (settled.running.scores > -torch.inf) & ~settled.done
-        rivals = torch.cat((rivals, settled.running.tokens.masked_fill(~runs, -1)), dim=1)
+        rivals = torch.cat((rivals, settled.taken), dim=1)
     ruled = torch.cat(all_ruled, dim=1)  # [B, K, V]
     notes.add(scores[: B * K], ruled.flatten(0, 1))
     wrong = wrong | ruled.amax(2).isnan()
@@ -179,32 +178,32 @@ class _Group(NamedTuple):
     pool: tuple[Tensor, Tensor, Tensor, Tensor]
     #: bool `[B, 1]`.
     done: Tensor
+    #: int `[B, k]`: the tokens that lower their scores for the groups that follow, -1 for none.
+    taken: Tensor
 
 
 def _settle_group(
     run: Run, state: Beams, group: slice, found: Candidates, ruled: Tensor, count: int
 ) -> _Group:
     """Keep the candidates that end, let the best of the others run, see whether that is all."""
-    k = group.stop - group.start
+    asked, k = run.asked, group.stop - group.start
     is_last = count + 1 == run.plan.max_new_tokens
-    ends = (
-        torch.ones_like(found.tokens, dtype=torch.bool)
-        if is_last
-        else ended(run, state, found, ruled)
-    )
+    ends = ended(run, state, found, ruled)
     was_done = state.done[:, group.start // k, None]
-    pool = _pooled(run, state, group, found, ends & ~was_done)
+    pool = _pooled(run, state, group, found, (ends | is_last) & ~was_done)
     # Candidates are sorted: the first k that do not end, then, as beams that are none, the others.
     order = ends.byte().argsort(dim=1, stable=True)[:, :k]
     scores = found.scores.masked_fill(ends, -torch.inf)
     running = Candidates(*(x.gather(1, order) for x in (scores, found.beams, found.tokens)))
-    asked, highest, worst = run.asked, running.scores[:, :1], pool[1][:, -1:]
+    # Also in the last step, which ends all, groups are to differ from each other.
+    taken = running.tokens.masked_fill((running.scores == -torch.inf) | was_done, -1)
+    highest, worst = running.scores[:, :1], pool[1][:, -1:]
     longest = asked.early_stopping == "never" and asked.length_penalty > 0
     length = run.plan.max_new_tokens if longest else count + 1
     done = worst > -torch.inf
     if asked.early_stopping is not True:
         done = done & (highest / length**asked.length_penalty <= worst)
-    return _Group(running, pool, was_done | done | (highest == -torch.inf))
+    return _Group(running, pool, was_done | done | (highest == -torch.inf), taken)
 
 
 def _pooled(

@@ -154,11 +154,12 @@ def remove_invalid_values(scores: Tensor, _: Seen) -> Tensor:
 def exponential_decay_length_penalty(
     scores: Tensor, seen: Seen, stops: Tensor, start: int, factor: float
 ) -> Tensor:
-    """Stop tokens grow likelier from column `start` on."""
+    """Stop tokens grow likelier from column `start` on; what may not be chosen stays so."""
     if seen.length <= start:
         return scores
     growth = factor ** (seen.length - start) - 1
-    return torch.where(stops, scores + scores.abs() * growth, scores)
+    grows = stops & (scores > -torch.inf)
+    return torch.where(grows, scores + scores.abs() * growth, scores)
 
 
 def suppress_tokens(scores: Tensor, _: Seen, tokens: Tensor) -> Tensor:

@@ -171,14 +171,14 @@ def test_with_draws_the_common_cuts_are_given_whatever_they_are() -> None:
 
 
 def test_other_values_have_the_same_shapes() -> None:
-    one = {
+    one: dict[str, Any] = {
         "bad_words_ids": [[3], [4, 5]],
         "sequence_bias": [[[3, 4], 1.0]],
         "suppress_tokens": [5],
         "eos_token_id": 2,
         "exponential_decay_length_penalty": [2, 1.5],
     }
-    other = {
+    other: dict[str, Any] = {
         "bad_words_ids": [[7, 8, 9], [4, 5], [6], [1], [0]],
         "sequence_bias": [[[3], 1.0], [[3, 4, 5, 6], -2.0]],
         "suppress_tokens": [5, 6, 7],
@@ -225,7 +225,7 @@ def test_a_stop_token_alone_is_no_bad_word() -> None:
 
 
 def test_cuts_are_told_how_many_tokens_stay() -> None:
-    beams = {"num_beams": 2, "eos_token_id": [2, 3], "do_sample": True}
+    beams: dict[str, Any] = {"num_beams": 2, "eos_token_id": [2, 3], "do_sample": True}
     found = given_of(**beams, top_k=1, top_p=0.5, typical_p=0.5, epsilon_cutoff=0.1)
     assert told(found, "top_k") == [3]
     assert told(found, "top_p") == [0.5, 3]

@@ -20,8 +20,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor 
 class Visible(NamedTuple):
     """Which of S keys the T queries that start at place `start` may attend to.
 
-    `shown` is bool `[B, S]`, or None where nothing is padded. Each count is a tensor where only
-    the running program knows it.
+    `shown` is bool `[B, S]`, or None where nothing is padded; bool `[B, T, S]` says it for every
+    query, in place of the order. Each count is a tensor where only the running program knows it.
     """
 
     start: int | Tensor
@@ -39,6 +39,8 @@ class Visible(NamedTuple):
 
     def mask(self) -> Tensor:
         """Bool `[1 or B, 1, T, S]`, True where a query may attend."""
+        if self.shown is not None and self.shown.shape.rank == 3:
+            return self.shown[:, None]
         places = tf.range(self.queries) + self.start
         seen = tf.range(self.keys) <= places[:, None]  # [T, S]
         if self.shown is None:

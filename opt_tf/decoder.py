@@ -97,6 +97,11 @@ class Cache(tf.experimental.ExtensionType):
         keys = tuple(key[:, :, : self.held] for key in self.keys)
         return Cache(keys, tuple(value[:, :, : self.held] for value in self.values))
 
+    def rows(self, chosen: slice) -> Cache:
+        """The cache of some rows alone."""
+        keys, values = (tuple(room[chosen] for room in rooms) for rooms in (self.keys, self.values))
+        return Cache(keys, values, self.held)
+
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of one layer that a call may look at, its own `k` and `v` among them.
 

@@ -1,320 +1,498 @@
-"""`generate` and `stream`: a program for the prompt, and one that holds the whole loop."""
+"""One pass over the prompt, the step, the choice and the loop that all strategies share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver, uniforms
-from opt_core.outputs import GenerateOutput
+from opt_core.generation import DecodeState
 from opt_tf.attention import Visible, choose
 from opt_tf.decoder import Cache, positions_of
-from opt_tf.generation.rules import Rules, State, draw, held_back, ruled, without
-from opt_tf.layers import check_ids
+from opt_tf.generation.cuts import draw, likeliest
+from opt_tf.generation.rules import Text, is_met, keyed, ruled
+from opt_tf.generation.setup import Made, Setup, Told
+
+#: As in the core; the cache is joined: see `joined`.
+State = DecodeState[Tensor, Cache]
+
+#: What is wrong with the scores of a step: nothing, they are NaN, or all are -inf.
+SOUND, NAN, NOTHING = range(3)
+
+#: The most programs that are kept for one model.
+_MOST_PROGRAMS = 128
 
 
-class GenerationMixin:
-    """`generate` and `stream` for a model with a decoder and scores of its tokens."""
+class Net(NamedTuple):
+    """What strategies ask of a model, inside a program or, piece by piece, outside."""
 
-    generation_config: GenerationConfig
-
-    def generate(
-        self,
-        input_ids: Any = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        attention_mask: Any = None,
-        streamer: Streamer | Callable[[Tensor], None] | None = None,
-        tokenizer: Sized | None = None,
-        compiled: bool = True,
-        **options: Any,
-    ) -> Tensor | GenerateOutput:
-        """Continue every row: `[B, P]` int -> `[B, P + n]`, the prompt included.
-
-        Options are those of `GenerationConfig`; what is not given comes from `generation_config`,
-        else from the model's own. Padding may be on either side and changes nothing. New tokens
-        come after column P; a row that has chosen a stop token is filled with the pad id. Without
-        `input_ids` every text starts with the bos token. `streamer` is called with the tokens `[B]`
-        of each step. With a `tokenizer`, ids that it does not know are never chosen. The shapes
-        are those of `Plan`, so that XLA's programs serve every text of about the same length;
-        `compiled=False` leaves XLA out, for debugging or a device without it. With
-        `return_dict_in_generate` the result is a record with `sequences` and `past_key_values`.
-
-        Raises:
-            ValueError: a bad option or prompt, no room for the tokens asked for (before anything
-                is computed), scores that are NaN, or a call inside `tf.function`.
-        """
-        run = _Run.of(
-            self, input_ids, attention_mask, generation_config, tokenizer, compiled, options
-        )
-        if streamer is None:
-            state = run.last()
-        else:
-            put, end = receiver(streamer, run.prompt, lambda tokens: tokens.numpy())
-            for state in run.states():
-                put(run.newest(state))
-            end()
-        sequences = tf.cast(state.tokens[:, : state.length], run.prompt.dtype)
-        if run.generation.return_dict_in_generate:
-            return GenerateOutput(sequences=sequences, past_key_values=state.cache.counted())
-        return sequences
-
-    def stream(
-        self,
-        input_ids: Any = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        attention_mask: Any = None,
-        tokenizer: Sized | None = None,
-        compiled: bool = True,
-        **options: Any,
-    ) -> Iterator[Tensor]:
-        """As `generate`, but an iterator over the tokens `[B]` of each step."""
-        run = _Run.of(
-            self, input_ids, attention_mask, generation_config, tokenizer, compiled, options
-        )
-        return map(run.newest, run.states())
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, **inputs: Any
-    ) -> dict[str, Any]:
-        """The arguments of the next call in a decoding loop of one's own."""
-        if past_key_values is not None and len(past_key_values):
-            input_ids = input_ids[:, past_key_values.get_seq_length() :]
-        return {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
+    #: ids and positions `[R, T]`, bool `[R, T, S]`, cache -> `[R, T, E]`, and the cache after them.
+    feed: Callable[[Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]
+    #: ids `[R, W]` and which of them are there -> the last hidden state of each row `[R, E]`.
+    whole: Callable[[Tensor, Tensor], Tensor]
+    #: `[..., E]` -> `[..., V]`.
+    scores: Callable[[Tensor], Tensor]
+    #: How many positions it knows.
+    positions: int
 
 
-class _Run(NamedTuple):
-    """One generation: everything that is settled before the first pass."""
+class Carried(NamedTuple):
+    """What goes through the loop."""
 
-    generation: GenerationConfig
-    plan: Plan
-    prompt: Tensor  # int [B, P]
-    shown: NDArray[np.bool_]  # [B, P]
-    rules: Rules
-    uniforms: Tensor  # float64 [B, S], that of each column; zeros for a greedy choice
-    compiled: bool
-    programs: _Programs
-
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        input_ids: Any,
-        attention_mask: Any,
-        generation: GenerationConfig | None,
-        tokenizer: Sized | None,
-        compiled: bool,
-        options: dict[str, Any],
-    ) -> _Run:
-        if not tf.executing_eagerly():
-            raise ValueError(
-                "generate runs programs of its own, compiled by XLA unless compiled=False: call "
-                "it outside tf.function"
-            )
-        config = model.config
-        merged = (generation or model.generation_config).merged(**options)
-        prompt = _prompt(input_ids, merged, config.vocab_size)
-        shown = _shown(prompt, attention_mask, merged.padding_id)
-        width = prompt.shape[1]
-        lengths = shown.sum(1).tolist()
-        planned = plan(merged, config, prompt_length=width, row_lengths=lengths)
-        copies = merged.num_return_sequences
-        prompt, shown = tf.repeat(prompt, copies, axis=0), shown.repeat(copies, axis=0)
-        drawn = np.zeros((len(shown), planned.capacity))
-        if merged.do_sample:
-            numbers = uniforms(merged.seed, len(shown), planned.max_new_tokens)[..., 0]
-            drawn[:, width : width + planned.max_new_tokens] = numbers
-        known = config.vocab_size if tokenizer is None else len(tokenizer)
-        rules = Rules.of(merged, planned, config.vocab_size, known)
-        return cls(
-            merged,
-            planned,
-            prompt,
-            shown,
-            rules,
-            tf.constant(drawn),
-            compiled,
-            _Programs.of(model, compiled),
-        )
-
-    def first(self) -> State:
-        """The state after the first choice."""
-        B, P = self.shown.shape
-        after = [[0, 0], [0, self.plan.capacity - P]]
-        prompt = tf.cast(self.prompt, tf.int32)
-        state = State(
-            tokens=tf.pad(prompt, after, constant_values=self.generation.fill),
-            length=tf.constant(P),
-            finished=tf.zeros(B, tf.bool),
-            positions=tf.constant(self.shown.sum(1), tf.int32),
-            mask=tf.constant(np.pad(self.shown, after)),
-            cache=Cache(),
-        )
-        room = self.plan.prompt_room if self.generation.use_cache else None
-        fed = self.programs.prefill(state, room)
-        return _sound(*_choice(self.compiled)(*fed, self.rules, self.uniforms))
-
-    def until(self, state: State, length: int) -> State:
-        """The state when `length` columns are settled, or every row is finished."""
-        caches = self.generation.use_cache
-        end = tf.constant(length)
-        return _sound(*self.programs.go_on(state, self.rules, self.uniforms, end, caches))
-
-    def last(self) -> State:
-        """The state after the last choice."""
-        state, count = self.first(), self.plan.max_new_tokens
-        # One token needs no second program.
-        return state if count == 1 else self.until(state, self.plan.prompt_length + count)
-
-    def states(self) -> Iterator[State]:
-        """The state after each choice."""
-        state = self.first()
-        yield state
-        for count in range(1, self.plan.max_new_tokens):
-            if bool(tf.reduce_all(state.finished)):
-                return
-            state = self.until(state, self.plan.prompt_length + count + 1)
-            yield state
-
-    def newest(self, state: State) -> Tensor:
-        """The tokens `[B]` of the last choice."""
-        return tf.cast(state.tokens[:, state.length - 1], self.prompt.dtype)
+    state: Any
+    fault: Tensor  # int32 []
+    #: Where they are collected: the scores of the last step as the model gave them, and ruled.
+    seen: tuple[Tensor, ...] = ()
 
 
-class _Programs(NamedTuple):
+class Programs:
     """What is compiled for a model, once for each batch size and the widths of `Plan`."""
 
-    prefill: Callable[..., tuple[State, Tensor]]
-    go_on: Callable[..., tuple[State, Tensor]]
-    weights: tuple[ref[Any], ...]  # the variables that they read
+    def __init__(self, model: Any) -> None:
+        # Weak, since a program that held its model would keep it for ever.
+        self._model = ref(model)
+        self._weights = tuple(map(ref, model.weights))
+        self._made: dict[Hashable, Callable[..., Any]] = {}
 
     @classmethod
-    def of(cls, model: Any, compiled: bool) -> _Programs:
+    def of(cls, model: Any) -> Programs:
         """Those of the model as it is: other variables, as after pruning, need other programs."""
-        weights = model.weights
-        own = _PROGRAMS.setdefault(model, {})
-        found = own.get(compiled)
-        if found is None or not found._read(weights):
-            found = own[compiled] = cls(
-                prefill=_program(prefill, model, compiled),
-                go_on=_program(go_on, model, compiled),
-                weights=tuple(map(ref, weights)),
-            )
+        found = _PROGRAMS.get(model)
+        if found is None or not found._reads(model.weights):
+            found = _PROGRAMS[model] = cls(model)
         return found
 
-    def _read(self, weights: Sequence[Any]) -> bool:
-        read = [reference() for reference in self.weights]
+    def program(self, function: Callable[..., Any], *made: Any, compiled: bool) -> Any:
+        """`function(net, *made, *tensors)` as a program of tensors; see `Net`."""
+        key = (function, compiled, *map(_key, made))
+        found = self._made.get(key)
+        if found is None:
+
+            def run(*tensors: Any) -> Any:
+                nets = (m.net() if isinstance(m, Programs) else m for m in made)
+                return function(self.net(), *nets, *tensors)
+
+            fresh = tf.function(run, jit_compile=compiled, autograph=False)
+            found = self._made.setdefault(key, fresh)
+            while len(self._made) > _MOST_PROGRAMS:
+                self._made.pop(next(iter(self._made)))
+        return found
+
+    def net(self) -> Net:
+        """The model inside a program."""
+        model = self._model()
+        assert model is not None
+        positions = model.config.max_position_embeddings
+        return Net(partial(_feed, model), partial(_whole, model), model.scores, positions)
+
+    def pieces(self, compiled: bool) -> Net:
+        """The model outside: each of its passes is a program."""
+        feed, whole, scores = (
+            self.program(piece, compiled=compiled) for piece in (_fed, _taken_whole, _scored)
+        )
+        return Net(feed, whole, scores, self.net().positions)
+
+    @property
+    def traces(self) -> int:
+        """How often a program was made."""
+        return sum(p.experimental_get_tracing_count() for p in self._made.values())  # type: ignore[attr-defined]
+
+    def _reads(self, weights: Sequence[Any]) -> bool:
+        read = [reference() for reference in self._weights]
         return len(read) == len(weights) and all(a is b for a, b in zip(read, weights, strict=True))
 
 
 #: Beside the models, not in them: Keras saves, and TensorFlow exports, what a model holds.
-_PROGRAMS: WeakKeyDictionary[Any, dict[bool, _Programs]] = WeakKeyDictionary()
+_PROGRAMS: WeakKeyDictionary[Any, Programs] = WeakKeyDictionary()
 
 
-def _program(function: Callable[..., Any], model: Any, compiled: bool) -> Callable[..., Any]:
-    # Weak, since a program that held its model would keep it for ever.
-    weak = ref(model)
-
-    def run(*given: Any) -> Any:
-        return function(weak(), *given)
-
-    program: Callable[..., Any] = tf.function(run, jit_compile=compiled, autograph=False)
-    return program
+def _key(made: Any) -> Any:
+    return (keyed(made.functions), *made[1:]) if isinstance(made, Made) else made
 
 
-@lru_cache
-def _choice(compiled: bool) -> Callable[..., tuple[State, Tensor]]:
-    """The program of the first choice, which knows no model: those of one shape share it."""
-    program: Callable[..., tuple[State, Tensor]]
-    program = tf.function(select, jit_compile=compiled, autograph=False)
-    return program
+@lru_cache(64)
+def _alone(function: Callable[..., Any], made: Any, compiled: bool) -> Any:
+    return tf.function(partial(function, made.made), jit_compile=compiled, autograph=False)
 
 
-def _sound(state: State, is_broken: Tensor) -> State:
-    if bool(is_broken):
-        raise arguments.nan_scores(int(state.length) - 1)
-    return state
+class _Alike:
+    """What a program is made with, equal where its functions are the same."""
+
+    def __init__(self, made: Made) -> None:
+        self.made, self._key = made, _key(made)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and self._key == other._key
 
 
-def go_on(
-    model: Any, state: State, rules: Rules, uniforms: Tensor, end: Tensor, caches: bool
-) -> tuple[State, Tensor]:
-    """Feed and choose until `end` columns are settled; the state, and the bool of `select`."""
+class Run:
+    """One generation by a strategy. A strategy says how its loop starts and goes on.
 
-    def is_asked(state: State, is_broken: Tensor) -> Tensor:
-        return (state.length < end) & ~is_broken & ~tf.reduce_all(state.finished)
-
-    def one_more(state: State, _: Tensor) -> tuple[State, Tensor]:
-        fed = step(model, state) if caches else prefill(model, state, None)
-        return select(*fed, rules, uniforms)
-
-    carried = state._replace(cache=_joined(state.cache))
-    state, is_broken = tf.while_loop(is_asked, one_more, (carried, tf.constant(False)))
-    return state._replace(cache=_parted(state.cache, state.tokens.shape[0])), is_broken
-
-
-def prefill(model: Any, state: State, room: int | None) -> tuple[State, Tensor]:
-    """Feed what is settled: the state, and the scores `[B, V]` after each row's last real token.
-
-    The pass is `room` columns wide. What lies behind the settled ones is hidden, and leaves
-    nothing in the cache. With None all columns are fed, and no cache is kept.
+    `first` is what the loop carries after the first choice, `until` when `length` columns are
+    settled or nothing goes on, and `made` the functions of which they are made.
     """
-    S = state.tokens.shape[1]
-    width = room or S
-    shown = state.mask[:, :width]
-    visible = Visible(0, width, width, shown)
-    past = None if room is None else Cache()
-    hidden, cache = _decode(model, state.tokens[:, :width], positions_of(shown), visible, past)
-    last = tf.reduce_max(tf.where(shown, tf.range(width), 0), axis=1)
-    # The head meets these alone: [B, V], not [B, P, V].
-    scores = model.scores(tf.gather(hidden, last, batch_dims=1))
-    if cache is not None:
-        state = state._replace(cache=_in_room(cache, state.length, S))
-    return state, scores
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.told = setup, setup.told
+        self.programs = Programs.of(setup.model)
+
+    def first(self) -> Carried:
+        """The prompt is fed, and the first token of every text chosen."""
+        raise AssertionError("every strategy says how it starts")
+
+    def go_on(self, carried: Carried, end: Tensor) -> Carried:
+        """On until `end` columns are settled, or every text is finished."""
+        raise AssertionError("every strategy says how it goes on")
+
+    def found(self, carried: Carried) -> Found:
+        """What is returned."""
+        raise AssertionError("every strategy says what it found")
+
+    def warm(self) -> None:
+        """Make the programs, and run them no further than the first choice."""
+        carried = self.first()
+        self.go_on(carried, carried.state.length)
+
+    def begun(self) -> Carried:
+        """`first`, if its scores are sound."""
+        return self._sound(self.first())
+
+    def until(self, carried: Carried, length: int) -> Carried:
+        """`go_on`, if its scores are sound."""
+        return self._sound(self.go_on(carried, tf.constant(length)))
+
+    def last(self) -> Carried:
+        """What is carried after the last choice."""
+        carried, count = self.begun(), self.setup.plan.max_new_tokens
+        # One token needs no second program.
+        return carried if count == 1 else self.until(carried, int(self.told.end))
+
+    def steps(self, chunk: int = 1) -> Iterator[Carried]:
+        """What is carried after the first choice, and then after every `chunk` of them."""
+        carried, end = self.begun(), int(self.told.end)
+        yield carried
+        while int(carried.state.length) < end and not self.is_done(carried.state):
+            carried = self.until(carried, min(end, int(carried.state.length) + chunk))
+            yield carried
+
+    def is_done(self, state: Any) -> bool:
+        """Whether every text is finished."""
+        return bool(tf.reduce_all(state.finished))
+
+    def program(self, function: Callable[..., Any], *made: Any) -> Any:
+        """A function of a net as a program, or where it cannot be one, over those of its passes."""
+        if self.setup.hosted:
+            return partial(function, self.programs.pieces(self.setup.compiled), *made)
+        return self.programs.program(function, *made, compiled=self.setup.compiled)
+
+    def choice(self, function: Callable[..., Any]) -> Any:
+        """A program that knows no model: models of one shape share it."""
+        made = self.setup.made
+        if self.setup.hosted:
+            return partial(function, made)
+        return _alone(function, _Alike(made), self.setup.compiled)
+
+    def fed(self) -> Fed:
+        """The prompt is fed: by an own program, since its length is another."""
+        setup = self.setup
+        ids, shown = setup.ids, setup.shown
+        S, P, held = setup.plan.capacity, setup.plan.prompt_length, setup.held
+        mask = np.zeros((len(ids), S), np.bool_)
+        mask[:, :P] = shown
+        if not setup.asked.use_cache:
+            assert self.told.fed is not None
+            W = setup.plan.width
+            whole = self.programs.program(_taken_whole, compiled=setup.compiled)
+            return Fed(whole(self.told.fed, tf.constant(mask[:, :W])), Cache(), None)
+        new = np.zeros((len(ids), setup.room), np.int32)
+        new[:, : P - held] = ids[:, held:]
+        program = self.programs.program(prefill, S, compiled=setup.compiled)
+        past = Cache() if setup.past is None else setup.past
+        starts = tf.constant(held), tf.constant(P)
+        return Fed(*program(tf.constant(new), tf.constant(mask), *starts, past))
+
+    def scored(self, hidden: Tensor) -> Tensor:
+        """The scores of last hidden states."""
+        return self.programs.program(_scored, compiled=self.setup.compiled)(hidden)
+
+    def _sound(self, carried: Carried) -> Carried:
+        fault = int(carried.fault)
+        if fault:
+            length = int(carried.state.length) - 1
+            raise (arguments.nan_scores if fault == NAN else arguments.no_token_left)(length)
+        return carried
 
 
-def step(model: Any, state: State) -> tuple[State, Tensor]:
-    """Feed every row's newest token: the state, and the scores `[B, V]` of the next."""
+class Fed(NamedTuple):
+    """What a pass over the prompt leaves."""
+
+    last: Tensor  # [R, E]: the hidden state of each row's last real token
+    cache: Cache
+    states: Tensor | None  # [R, room, E]: those of all that was fed
+
+
+class Found(NamedTuple):
+    """What a strategy found: R returned sequences, n the most new tokens of one."""
+
+    tokens: Tensor  # int32 [R, n]
+    #: Made when it is asked for.
+    cache: Callable[[], Cache | None]
+    #: Which text each sequence belongs to.
+    texts: Tensor  # int32 [R]
+    scores: Tensor | None = None  # float64 [R]
+    beams: Tensor | None = None  # int32 [R, n]
+
+
+class Plain(Run):
+    """Greedy choice and sampling."""
+
+    def first(self) -> Carried:
+        """The prompt is fed, and the first token of every row chosen."""
+        fed = self.fed()
+        state = self.started(fed.cache)
+        chosen: Carried = self.choice(_first_choice)(state, self.scored(fed.last), self.told)
+        return chosen
+
+    def started(self, cache: Cache) -> State:
+        """The state before the first choice."""
+        setup = self.setup
+        P, S = setup.plan.prompt_length, setup.plan.capacity
+        return State(
+            tokens=tf.constant(setup.compacted()),
+            length=tf.constant(P),
+            finished=tf.zeros(len(setup.prompt), tf.bool),
+            matched=tf.constant(setup.matched),
+            positions=tf.constant(setup.shown.sum(1), tf.int32),
+            mask=tf.constant(np.pad(setup.shown, [(0, 0), (0, S - P)])),
+            cache=cache,
+        )
+
+    def go_on(self, carried: Carried, end: Tensor) -> Carried:
+        """Feed and choose until `end` columns are settled."""
+        carried = self.program(loop, self.setup.made)(carried, self.told, end)
+        return carried
+
+    def found(self, carried: Carried) -> Found:
+        """The rows as they are."""
+        state, P = carried.state, self.setup.plan.prompt_length
+        length = int(state.length)
+        tokens = state.tokens[:, P:length]
+        return Found(
+            tokens, lambda: kept(state.cache, self.setup, length - 1), tf.range(len(tokens))
+        )
+
+
+def _first_choice(made: Made, state: State, scores: Tensor, told: Told) -> Carried:
+    return select(state, scores, told, made)
+
+
+def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Carried:
+    """Feed and choose until `end` columns are settled, every row is finished, or a score is bad."""
+
+    def is_asked(carried: Carried) -> Tensor:
+        state = carried.state
+        sound = carried.fault == SOUND
+        return (state.length < end) & sound & ~tf.reduce_all(state.finished)
+
+    def one_more(carried: Carried) -> tuple[Carried]:
+        return (select(*step(net, carried.state, told), told, made),)
+
+    (carried,) = tf.while_loop(is_asked, one_more, (carried,))
+    return carried
+
+
+def prefill(
+    net: Net, S: int, ids: Tensor, mask: Tensor, start: Tensor, length: Tensor, past: Cache
+) -> tuple[Tensor, Cache, Tensor]:
+    """Feed what follows a cache: `[R, T]` ids, bool `[R, S]` mask -> the fields of `Fed`.
+
+    The pass is T columns wide. What lies behind `length` is hidden, and leaves nothing in the
+    cache.
+    """
+    T = ids.shape[1]
+    positions = positions_of(mask)
+    if past.keys:
+        places = start + tf.range(T)
+        shown = mask[:, None] & (tf.range(S) <= places[:, None])
+        positions = tf.gather(positions, tf.minimum(places, S - 1), axis=1)
+        hidden, cache = net.feed(ids, positions, shown, joined(past))
+        cache = _in_room(cache, length, S)
+    else:
+        shown = mask[:, None, :T] & (tf.range(T) <= tf.range(T)[:, None])
+        hidden, cache = net.feed(ids, positions[:, :T], shown, past)
+        cache = joined(_in_room(cache, length, S))
+    real = tf.gather(mask, tf.minimum(start + tf.range(T), S - 1), axis=1)
+    last = tf.reduce_max(tf.where(real, tf.range(T), 0), axis=1)
+    # The head meets these alone: [R, V], not [R, T, V].
+    return tf.gather(hidden, last, batch_dims=1), cache, hidden
+
+
+def step(net: Net, state: State, told: Told) -> tuple[State, Tensor]:
+    """Feed every row's newest token: the state, and the scores `[R, V]` of the next."""
+    if told.fed is not None:
+        ids, shown = written(told.fed, state, told), state.mask[:, : told.fed.shape[1]]
+        return state, net.scores(net.whole(ids, shown))
     newest = tf.gather(state.tokens, state.length - 1, axis=1)[:, None]  # [B, 1]
-    visible = Visible(state.length - 1, 1, state.mask.shape[1], state.mask)
-    hidden, cache = _decode(model, newest, state.positions[:, None], visible, state.cache)
-    assert cache is not None
+    ids = tf.tile(newest, (state.mask.shape[0] // newest.shape[0], 1))  # [R, 1]
+    hidden, cache = net.feed(ids, state.positions[:, None], state.mask[:, None], state.cache)
     state = state._replace(cache=cache, positions=state.positions + 1)
-    return state, model.scores(hidden[:, 0])
+    return state, net.scores(hidden[:, 0])
 
 
-def _decode(
-    model: Any, ids: Tensor, positions: Tensor, visible: Visible, cache: Cache | None
-) -> tuple[Tensor, Cache | None]:
-    """`[B, T]` ids that follow a cache -> `[B, T, E]`, and the cache that holds them."""
+def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
+    """Choose the token of every row from its scores `[R, V]`, and note it."""
+    raw, scores = scores[: state.tokens.shape[0]], guided(scores, told)
+    text = text_of(state.tokens, state.length, told)
+    changed = ruled(scores, text, told.rules, made.functions)
+    chosen = chosen_of(changed, state.length, told)
+    fault = fault_of(scores, changed, chosen, told)
+    return noted(state, chosen, raw, changed, fault, told, made)
+
+
+def noted(
+    state: State,
+    chosen: Tensor,
+    raw: Tensor,
+    changed: Tensor,
+    fault: Tensor,
+    told: Told,
+    made: Made,
+) -> Carried:
+    """The state with the token of every row, and whether the row has ended with it."""
+    W = state.tokens.shape[1]
+    chosen = tf.where(state.finished, told.fill, chosen)
+    tokens = tf.where(tf.range(W) == state.length, chosen[:, None], state.tokens)
+    finished, matched = tf.gather(told.stops, chosen), state.matched
+    if told.table is not None:
+        matched = after(told.table, matched, chosen)
+        finished |= matched == told.table.shape[0] - 1
+    for criterion in made.functions.criteria:
+        ended = text_of(tokens, state.length + 1, told)
+        finished |= is_met(criterion, ended, tf.cast(changed, tf.float32))
+    following = state._replace(
+        tokens=tokens,
+        mask=(tf.range(state.mask.shape[1]) == state.length) | state.mask,
+        length=state.length + 1,
+        finished=state.finished | finished,
+        matched=matched,
+    )
+    fault = tf.reduce_max(tf.where(state.finished, SOUND, fault))
+    seen = (raw, tf.cast(changed, tf.float32)) if made.collects else ()
+    return Carried(following, fault, seen)
+
+
+def chosen_of(scores: Tensor, column: Tensor, told: Told) -> Tensor:
+    """The token of every row for a column, drawn or the likeliest: int32 `[B]`."""
+    if told.uniforms is None:
+        return likeliest(scores)
+    return draw(scores, tf.gather(told.uniforms, column, axis=1)[:, 0])
+
+
+def guided(scores: Tensor, told: Told) -> Tensor:
+    """`[R, V]` -> `[B, V]`: with guidance, away from what is likely without the prompt."""
+    if told.guidance is None:
+        return scores
+    logarithms = tf.nn.log_softmax(tf.cast(scores, tf.float64))
+    asked, unasked = tf.split(logarithms, 2)
+    return told.guidance * (asked - unasked) + unasked
+
+
+def fault_of(scores: Tensor, changed: Tensor, chosen: Tensor, told: Told) -> Tensor:
+    """What is wrong with the scores of each row, before the rules or after: int32 `[B]`."""
+    best = tf.gather(changed, chosen, batch_dims=1)
+    is_nan = tf.reduce_any(tf.math.is_nan(changed), axis=1)
+    if "remove_invalid_values" not in told.rules:
+        is_nan |= tf.reduce_any(tf.math.is_nan(scores), axis=1)
+    nothing = tf.where(best == -np.inf, NOTHING, SOUND)
+    return tf.where(is_nan, NAN, nothing)
+
+
+def after(table: Tensor, matched: Tensor, chosen: Tensor) -> Tensor:
+    """The states of stop strings after tokens: ints of one shape -> int32 of that shape."""
+    return tf.gather_nd(table, tf.stack([matched, chosen], axis=-1))
+
+
+def text_of(tokens: Tensor, length: Tensor, told: Told, copies: int = 1) -> Text:
+    """What rules look at of texts `[N, W]`; `copies` of each text that was asked for."""
+    prompt = told.written if copies == 1 else tf.repeat(told.written, copies, axis=0)
+    settled = tf.range(tokens.shape[1])
+    text = tf.where(settled < told.start, prompt, tokens)
+    seen, shown = tf.where(settled < length, tokens, -1), length
+    if told.hidden is not None:
+        text, shown = tf.roll(text, -told.hidden, axis=1), length - told.hidden
+    return Text(seen, text, length, shown, copies)
+
+
+def written(fed: Tensor, state: State, told: Told) -> Tensor:
+    """The columns as they are fed, prompt and choices: int32 `[R, W]`."""
+    copies = fed.shape[0] // state.tokens.shape[0]
+    tokens = tf.tile(state.tokens, (copies, 1))
+    return tf.where(tf.range(fed.shape[1]) < told.start, fed, tokens)
+
+
+# --- passes of the model -----------------------------------------------------------------------
+
+
+def _feed(
+    model: Any, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+) -> tuple[Tensor, Cache]:
     decoder = model.model.decoder
+    visible = Visible(0, mask.shape[1], mask.shape[2], mask)
     attend = choose(model.attn_implementation, visible, dropout=0.0, weights=False)
     embeds = decoder.embed_tokens(ids)
     out = decoder(embeds, positions=positions, attend=attend, cache=cache, training=False)
     return out.last, out.cache
 
 
+def _whole(model: Any, ids: Tensor, shown: Tensor) -> Tensor:
+    decoder, W = model.model.decoder, ids.shape[1]
+    attend = choose(model.attn_implementation, Visible(0, W, W, shown), dropout=0.0, weights=False)
+    embeds = decoder.embed_tokens(ids)
+    out = decoder(embeds, positions=positions_of(shown), attend=attend, training=False)
+    last = tf.reduce_max(tf.where(shown, tf.range(W), 0), axis=1)
+    return tf.gather(out.last, last, batch_dims=1)
+
+
+def _fed(net: Net, *given: Any) -> tuple[Tensor, Cache]:
+    return net.feed(*given)
+
+
+def _taken_whole(net: Net, *given: Any) -> Tensor:
+    return net.whole(*given)
+
+
+def _scored(net: Net, hidden: Tensor) -> Tensor:
+    return net.scores(hidden)
+
+
+# --- the cache of a loop -----------------------------------------------------------------------
+
+
 def _in_room(cache: Cache, length: Tensor, capacity: int) -> Cache:
-    """A growing cache in fixed shapes that holds its first `length` tokens, and else zero."""
-    is_held = (tf.range(cache.capacity) < length)[:, None]  # [S, 1]
-    behind = [[0, 0], [0, 0], [0, capacity - cache.capacity], [0, 0]]
+    """A cache in fixed shapes that holds its first `length` tokens, and else zero."""
 
     def put(rooms: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tf.pad(tf.where(is_held, room, tf.zeros_like(room)), behind) for room in rooms)
+        return tuple(map(one, rooms))
+
+    def one(room: Tensor) -> Tensor:
+        size = room.shape[-2]
+        is_held = (tf.range(size) < length)[:, None]  # [S, 1]
+        held = tf.where(is_held, room, tf.zeros_like(room))
+        return tf.pad(held, [*[[0, 0]] * (room.shape.rank - 2), [0, capacity - size], [0, 0]])
 
     return Cache(put(cache.keys), put(cache.values), length)
 
 
-def _joined(cache: Cache) -> Cache:
+def joined(cache: Cache) -> Cache:
     """Fixed shapes with rows and heads in one axis, `[B * H, S, D]`.
 
     XLA multiplies matrices along one batch axis. With two it would copy every buffer twice in every
@@ -324,66 +502,26 @@ def _joined(cache: Cache) -> Cache:
     return Cache(keys, tuple(tf.reshape(v, (-1, *v.shape[2:])) for v in cache.values), cache.held)
 
 
-def _parted(cache: Cache, B: int) -> Cache:
-    """Joined rows and heads in axes of their own again, `[B, H, S, D]`."""
-    keys = tuple(tf.reshape(key, (B, -1, *key.shape[1:])) for key in cache.keys)
+def parted(cache: Cache, R: int) -> Cache:
+    """Joined rows and heads in axes of their own again, `[R, H, S, D]`."""
+    keys = tuple(tf.reshape(key, (R, -1, *key.shape[1:])) for key in cache.keys)
     return Cache(
-        keys, tuple(tf.reshape(v, (B, -1, *v.shape[1:])) for v in cache.values), cache.held
+        keys, tuple(tf.reshape(v, (R, -1, *v.shape[1:])) for v in cache.values), cache.held
     )
 
 
-def select(state: State, scores: Tensor, rules: Rules, uniforms: Tensor) -> tuple[State, Tensor]:
-    """Choose the token of every row from its scores, and note it: the state, and a bool [].
+def kept(cache: Cache, setup: Setup, length: int) -> Cache | None:
+    """What a loop leaves in its joined cache, for the texts alone: `[B, H, length, D]`."""
+    if not cache.keys:
+        return None
+    B, held = len(setup.prompt), setup.held
+    whole = parted(cache, len(setup.ids)).rows(slice(B))
+    whole = Cache(whole.keys, whole.values, tf.constant(length)).counted()
+    widened = setup.plan.prompt_length - setup.prompt.shape[1]
+    if not widened:
+        return whole
 
-    The bool says that there was nothing to choose by: a score is NaN.
-    """
-    S, V = state.tokens.shape[1], scores.shape[1]
-    scores = without(tf.range(V) >= rules.known, scores)
+    def narrow(room: Tensor) -> Tensor:
+        return tf.concat([room[:, :, :held], room[:, :, held + widened :]], axis=2)
 
-    def drawn(changed: Tensor) -> Tensor:
-        return draw(changed, tf.gather(uniforms, state.length, axis=1))
-
-    def chosen_by_rules() -> Tensor:
-        changed = ruled(scores, state, rules)
-        return tf.cond(rules.samples, lambda: drawn(changed), lambda: _likeliest(changed))
-
-    def chosen_as_they_are() -> Tensor:
-        return _likeliest(held_back(scores, state, rules))
-
-    chosen = tf.cond(rules.change_nothing, chosen_as_they_are, chosen_by_rules)
-    chosen = tf.where(state.finished, rules.fill, chosen)
-    is_new = tf.range(S) == state.length
-    noted = state._replace(
-        tokens=tf.where(is_new, chosen[:, None], state.tokens),
-        mask=is_new | state.mask,
-        length=state.length + 1,
-        finished=state.finished | tf.gather(rules.stops, chosen),
-    )
-    return noted, tf.reduce_any(tf.math.is_nan(scores))
-
-
-def _likeliest(scores: Tensor) -> Tensor:
-    """The best token of every row, of equals the lowest id: int32 `[B]`."""
-    return tf.argmax(scores, axis=1, output_type=tf.int32)
-
-
-def _prompt(input_ids: Any, generation: GenerationConfig, vocab_size: int) -> Tensor:
-    if input_ids is None:
-        if generation.bos_token_id is None:
-            raise arguments.missing_prompt()
-        return tf.constant([[generation.bos_token_id]])
-    prompt = tf.convert_to_tensor(input_ids)
-    kind = prompt.dtype
-    arguments.check_prompt(arguments.Given(tuple(prompt.shape), kind.name, kind.is_floating))
-    check_ids(prompt, vocab_size)
-    return prompt
-
-
-def _shown(prompt: Tensor, mask: Any, padding: int | None) -> NDArray[np.bool_]:
-    """Where the real tokens of a prompt are, bool `[B, P]`."""
-    if mask is None:
-        shown = np.ones(prompt.shape, np.bool_) if padding is None else prompt.numpy() != padding
-        return np.asarray(shown)
-    given = tf.convert_to_tensor(mask)
-    arguments.check_prompt_mask(tuple(given.shape), tuple(prompt.shape))
-    return np.asarray(given.numpy() != 0)
+    return Cache(tuple(map(narrow, whole.keys)), tuple(map(narrow, whole.values)))

@@ -1,176 +1,322 @@
-"""The rules that change a step's scores before a token is chosen, and the draw, in float64."""
+"""The rules that change a step's scores before a token is chosen, and their chain, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.generation import DecodeState, GenerationConfig, Plan
-from opt_tf.decoder import Cache
+from opt_core import arguments
+from opt_core.generation import ORDER
+from opt_tf.generation import cuts
 
-#: As in the core, but `tokens` has the width S of the plan too, so that one program serves all
-#: lengths.
-State = DecodeState[Tensor, Cache]
+#: What the active rules take, by their names: which are there is the structure of a program.
+Rules = Mapping[str, tuple[Tensor, ...]]
 
-
-class Rules(NamedTuple):
-    """What a step is told about the choice, all of it tensors: a program is compiled once for all.
-
-    A rule that is not active has the value that changes nothing.
-    """
-
-    penalty: Tensor  # float64 []
-    temperature: Tensor  # float64 []
-    top_k: Tensor  # int32 []; 0 leaves all
-    top_p: Tensor  # float64 []
-    min_p: Tensor  # float64 []
-    samples: Tensor  # bool []
-    stops: Tensor  # bool [V]: the stop tokens
-    least: Tensor  # int32 []: below this length no stop token is chosen
-    known: Tensor  # int32 []: ids from here on are never chosen
-    fill: Tensor  # int32 []: what follows in a row that is finished
-
-    @classmethod
-    def of(cls, asked: GenerationConfig, planned: Plan, vocab_size: int, known: int) -> Rules:
-        """The rules of one generation."""
-        stops = np.zeros(vocab_size, np.bool_)
-        stops[list(asked.stops)] = True
-
-        def value(rule: str, given: float | None, neutral: float) -> Tensor:
-            active = rule in asked.rules and given is not None
-            return tf.constant(given if active else neutral, tf.float64)
-
-        return cls(
-            penalty=value("repetition_penalty", asked.repetition_penalty, 1.0),
-            temperature=value("temperature", asked.temperature, 1.0),
-            top_k=tf.cast(value("top_k", asked.top_k, 0), tf.int32),
-            top_p=value("top_p", asked.top_p, 1.0),
-            min_p=value("min_p", asked.min_p, 0.0),
-            samples=tf.constant(asked.do_sample),
-            stops=tf.constant(stops),
-            least=tf.constant(planned.prompt_length + planned.min_new_tokens),
-            known=tf.constant(known),
-            fill=tf.constant(asked.fill),
-        )
-
-    @property
-    def change_nothing(self) -> Tensor:
-        """Bool []: the likeliest token is chosen from the scores as they are."""
-        return ~self.samples & (self.penalty == 1.0)
+#: A function of the caller's: see `generate`.
+Function = Callable[..., Any]
 
 
-def ruled(scores: Tensor, state: State, rules: Rules) -> Tensor:
-    """The scores after the active rules, in their order: `[B, V]` -> `[B, V]` float64.
+class Functions(NamedTuple):
+    """The functions of a call, which a program is made with."""
+
+    allowed: Function | None = None
+    processors: tuple[Function, ...] = ()
+    criteria: tuple[Function, ...] = ()
+
+
+class _Same:
+    """A function by its identity: not every callable has a hash."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.function is self.function
+
+
+def known_by(function: Function) -> Hashable:
+    """What a function is known by; methods of one object are equal, though not the same."""
+    return function if isinstance(function, Hashable) else _Same(function)
+
+
+def named(known: Hashable) -> Any:
+    """The function that is known by this."""
+    return known.function if isinstance(known, _Same) else known
+
+
+def keyed(functions: Functions) -> tuple[Hashable, ...]:
+    """What the functions of a call are known by."""
+    allowed = () if functions.allowed is None else (functions.allowed,)
+    each = (allowed, functions.processors, functions.criteria)
+    return tuple(tuple(map(known_by, some)) for some in each)
+
+
+class Text(NamedTuple):
+    """What rules look at: N texts, `copies` (beams) of each row that was asked for."""
+
+    #: int32 [N, W]: real tokens alone, moved up to the first choice; -1 where there is none.
+    tokens: Tensor
+    #: int32 [N, W]: as it was given and is returned, for the functions of a call.
+    written: Tensor
+    #: int32 []: how many columns are settled.
+    length: Tensor
+    #: int32 []: how many of `written`.
+    shown: Tensor
+    copies: int = 1
+    #: float64 [B, 1, V]: how often earlier groups of beams chose each token in this step.
+    taken: Tensor | None = None
+
+
+def ruled(scores: Tensor, text: Text, rules: Rules, functions: Functions) -> Tensor:
+    """The scores after the active rules, in their order: `[N, V]` -> `[N, V]`.
 
     A rule takes a token out of the choice by -inf. What each means stands in
-    `opt_core.reference.rules`. A rule that is not active costs nothing when the program runs.
+    `opt_core.reference`. Scores are float64 unless nothing but the vocabulary's end is asked for.
     """
-    scores = tf.cast(scores, tf.float64)
-    scores = _if(rules.penalty != 1.0, _penalised, scores, state, rules.penalty)
-    scores = held_back(scores, state, rules) / rules.temperature
-    scores = _if(rules.top_k > 0, _top_k, scores, rules.top_k)
-    scores = _if(rules.top_p < 1.0, _top_p, scores, rules.top_p)
-    return _if(rules.min_p > 0.0, _min_p, scores, rules.min_p)
+    if len(rules) > 1 or functions.allowed or functions.processors:
+        scores = tf.cast(scores, tf.float64)
+    part: list[str] = []
+    for name in ORDER:
+        if name == "prefix_allowed_tokens_fn" and functions.allowed:
+            scores = _chain(scores, text, rules, part)
+            scores, part = _allowed(scores, text, functions.allowed), []
+        elif name == "logits_processor" and functions.processors:
+            scores, part = _chain(scores, text, rules, part), []
+            for processor in functions.processors:
+                scores = _processed(scores, text, processor)
+        elif name in rules:
+            part.append(name)
+    return _chain(scores, text, rules, part)
 
 
-def held_back(scores: Tensor, state: State, rules: Rules) -> Tensor:
-    """`[B, V]` with the stop tokens taken out of the choice until the least length is reached."""
-    return without(rules.stops & (state.length < rules.least), scores)
+def _chain(scores: Tensor, text: Text, rules: Rules, names: list[str]) -> Tensor:
+    """Some of the rules; a program of their own where nothing around them is compiled."""
+    given = {name: rules[name] for name in names}
+    return _PIECE(scores, text, given) if tf.executing_eagerly() else _applied(scores, text, given)
+
+
+def _applied(scores: Tensor, text: Text, rules: Rules) -> Tensor:
+    for name in ORDER:
+        if name in rules:
+            scores = RULES[name](scores, text, *rules[name])
+    return scores
+
+
+_PIECE = tf.function(_applied, autograph=False)
 
 
 def without(dropped: Tensor, scores: Tensor) -> Tensor:
-    """`[B, V]` with tokens taken out of the choice."""
+    """`[N, V]` with tokens taken out of the choice."""
     return tf.where(dropped, tf.constant(-np.inf, scores.dtype), scores)
 
 
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution in token order: `[B, V]`, `[B]` -> int32 `[B]`."""
-    best = tf.reduce_max(scores, axis=1, keepdims=True)
-    cumulative = tf.cumsum(tf.exp(scores - best), axis=1)  # [B, V]
-    is_beyond = cumulative > uniform[:, None] * cumulative[:, -1:]
-    return tf.argmax(is_beyond, axis=1, output_type=tf.int32)
+def vocabulary(scores: Tensor, text: Text, known: Tensor) -> Tensor:
+    """Leave the ids below `known`."""
+    return without(tf.range(scores.shape[1]) >= known, scores)
 
 
-def _if(active: Tensor, rule: Callable[..., Tensor], scores: Tensor, *given: object) -> Tensor:
-    return tf.cond(active, lambda: rule(scores, *given), lambda: scores)
+def sequence_bias(scores: Tensor, text: Text, ids: Tensor, values: Tensor) -> Tensor:
+    """Add to the last id of each sequence `[n, L]` where the text ends with those before it."""
+    before, last = ids[:, :-1], ids[:, -1]
+    ending = _latest(text, before.shape[1])[:, None]  # [N, 1, L - 1]
+    is_met = tf.reduce_all((before < 0) | (before == ending), axis=2)  # [N, n]
+    added = tf.where(is_met, values, tf.zeros_like(values))
+    return scores + _scattered(tf.broadcast_to(last, is_met.shape), added, scores.shape[1])
 
 
-def _penalised(scores: Tensor, state: State, penalty: Tensor) -> Tensor:
-    B, V = scores.shape
-    is_real = state.mask & (tf.range(state.mask.shape[1]) < state.length)  # [B, S]
-    # Padding goes to a column of its own, since it may share its id with a real token.
-    columns = tf.where(is_real, state.tokens, V)
-    places = tf.stack([tf.broadcast_to(tf.range(B)[:, None], columns.shape), columns], axis=-1)
-    seen = tf.scatter_nd(places, tf.ones(columns.shape, tf.int32), (B, V + 1))[:, :V] > 0
+def diversity_penalty(scores: Tensor, text: Text, penalty: Tensor) -> Tensor:
+    """Make what earlier groups of beams chose in this step less likely (1610.02424)."""
+    if text.taken is None:
+        return scores
+    each = tf.reshape(scores, (-1, text.copies, scores.shape[1])) - penalty * text.taken
+    return tf.reshape(each, scores.shape)
+
+
+def repetition_penalty(scores: Tensor, text: Text, penalty: Tensor) -> Tensor:
+    """Make the tokens that a text holds less likely (1909.05858)."""
+    seen = _scattered(text.tokens, tf.ones_like(text.tokens), scores.shape[1]) > 0
     return tf.where(seen, tf.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _top_k(scores: Tensor, count: Tensor) -> Tensor:
-    ranks = _ranks(scores)
+def no_repeat_ngram_size(scores: Tensor, text: Text, n: Tensor) -> Tensor:
+    """Take out what would end a sequence of `n` tokens that the text holds already."""
+    tokens = text.tokens
+    N, W = tokens.shape
 
-    def is_low_enough(level: Tensor) -> Tensor:
-        return tf.reduce_sum(tf.cast(ranks >= level[:, None], tf.int32), axis=1) >= count
+    def compare(back: Tensor, is_same: Tensor) -> tuple[Tensor, Tensor]:
+        # Whether the token this far before a column is the one this far before the next choice.
+        earlier = tf.where(tf.range(W) >= back, tf.roll(tokens, back, axis=1), -1)
+        latest = tf.gather(tokens, tf.maximum(text.length - back, 0), axis=1)[:, None]
+        # A text of fewer tokens ends with no such sequence.
+        return back + 1, is_same & (earlier == latest) & (latest >= 0)
 
-    return without(ranks < _highest(is_low_enough, scores)[:, None], scores)
-
-
-def _top_p(scores: Tensor, mass: Tensor) -> Tensor:
-    # A token stays if it and all that are no better weigh more than 1 - mass; of equals the lowest
-    # id is the best. So whole levels of score stay or go, but for one.
-    ranks, shares = _ranks(scores), tf.nn.softmax(scores)
-
-    def below(level: Tensor) -> Tensor:
-        return tf.reduce_sum(_where(ranks < level[:, None], shares), axis=1)
-
-    level = _highest(lambda level: below(level) <= 1 - mass, scores)
-    equals = _where(ranks == level[:, None], shares)
-    up_to = below(level)[:, None] + tf.cumsum(equals, axis=1, reverse=True)
-    dropped = (ranks < level[:, None]) | ((ranks == level[:, None]) & (up_to <= 1 - mass))
-    return without(dropped & ~_is_best(scores), scores)
+    start = (tf.constant(1), tf.ones((N, W), tf.bool))
+    _, ends_one = tf.while_loop(lambda back, _: back < n, compare, start)
+    columns = tf.where(ends_one, tokens, -1)
+    return without(_scattered(columns, tf.ones_like(tokens), scores.shape[1]) > 0, scores)
 
 
-def _min_p(scores: Tensor, share: Tensor) -> Tensor:
-    shares = tf.nn.softmax(scores)
-    dropped = shares < share * tf.reduce_max(shares, axis=1, keepdims=True)
-    return without(dropped & ~_is_best(scores), scores)
+def min_new_tokens(scores: Tensor, text: Text, stops: Tensor, least: Tensor) -> Tensor:
+    """Take the stop tokens out until column `least`."""
+    return without(stops & (text.length < least), scores)
 
 
-def _where(kept: Tensor, values: Tensor) -> Tensor:
-    """The values that are kept, and 0 elsewhere."""
-    return tf.where(kept, values, tf.zeros_like(values))
+def forced_bos_token_id(scores: Tensor, text: Text, token: Tensor) -> Tensor:
+    """Leave one token where a text has a single one so far."""
+    is_first = _count(text) == 1
+    return tf.where(is_first[:, None], _alone(scores, tf.range(scores.shape[1]) == token), scores)
 
 
-def _is_best(scores: Tensor) -> Tensor:
-    """Bool `[B, V]`: the best token of every row, of equals the lowest id."""
-    best = tf.argmax(scores, axis=1, output_type=tf.int32)
-    return tf.range(scores.shape[1]) == best[:, None]
+def forced_eos_token_id(scores: Tensor, text: Text, tokens: Tensor, last: Tensor) -> Tensor:
+    """Leave these tokens alone in the last column."""
+    return tf.where(text.length == last, _alone(scores, tokens), scores)
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """Whole numbers in the order of float64 scores: int64 `[B, V]`."""
-    # -0.0 equals 0.0, but its bits do not.
-    bits = tf.bitcast(_where(scores != 0, scores), tf.int64)
-    return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, tf.int64.max), bits)
+def remove_invalid_values(scores: Tensor, text: Text) -> Tensor:
+    """Numbers in place of NaN and the infinities: 0, and the ends of float32."""
+    ends = tf.constant((tf.float32.min, tf.float32.max), scores.dtype)
+    scores = tf.where(tf.math.is_nan(scores), tf.zeros_like(scores), scores)
+    return tf.where(tf.math.is_inf(scores), tf.where(scores < 0, ends[0], ends[1]), scores)
 
 
-def _highest(holds: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
-    """The highest rank of which `holds` is true in each row: int64 `[B]`; true below, not above.
+def exponential_decay_length_penalty(
+    scores: Tensor, text: Text, stops: Tensor, start: Tensor, factor: Tensor
+) -> Tensor:
+    """Make stop tokens the likelier the longer a text is past `start`."""
+    past = text.length - start
+    grown = tf.abs(scores) * (factor ** tf.cast(past, scores.dtype) - 1)
+    # What may not be chosen stays so: -inf and inf would be NaN.
+    return tf.where(stops & (past > 0) & tf.math.is_finite(scores), scores + grown, scores)
 
-    One pass over the scores for each bit is several times faster than XLA's sort, and takes any
-    count.
+
+def suppress_tokens(scores: Tensor, text: Text, tokens: Tensor) -> Tensor:
+    """Take tokens out."""
+    return without(tokens, scores)
+
+
+def begin_suppress_tokens(
+    scores: Tensor, text: Text, tokens: Tensor, begin: Tensor, is_forced: Tensor
+) -> Tensor:
+    """Take tokens out of the first choice, or of the second where the first was forced."""
+    single = _count(text) - (text.length - begin) == 1
+    first = begin + tf.cast(is_forced & single, tf.int32)  # [N]
+    return without(tokens & (text.length == first)[:, None], scores)
+
+
+#: Every rule by its name; which arrays it takes stands in `opt_core.generation.chain`.
+RULES: Mapping[str, Callable[..., Tensor]] = {
+    "vocabulary": vocabulary,
+    "sequence_bias": sequence_bias,
+    "diversity_penalty": diversity_penalty,
+    "repetition_penalty": repetition_penalty,
+    "no_repeat_ngram_size": no_repeat_ngram_size,
+    "bad_words_ids": sequence_bias,
+    "min_new_tokens": min_new_tokens,
+    "forced_bos_token_id": forced_bos_token_id,
+    "forced_eos_token_id": forced_eos_token_id,
+    "remove_invalid_values": remove_invalid_values,
+    "exponential_decay_length_penalty": exponential_decay_length_penalty,
+    "suppress_tokens": suppress_tokens,
+    "begin_suppress_tokens": begin_suppress_tokens,
+    "temperature": lambda scores, _, value: scores / value,
+    "top_k": lambda scores, _, count: cuts.top_k(scores, count),
+    "top_p": lambda scores, _, mass, kept: cuts.top_p(scores, mass, kept),
+    "min_p": lambda scores, _, share, kept: cuts.min_p(scores, share, kept),
+    "typical_p": lambda scores, _, mass, kept: cuts.typical_p(scores, mass, kept),
+    "epsilon_cutoff": lambda scores, _, least, kept: cuts.epsilon_cutoff(scores, least, kept),
+    "eta_cutoff": lambda scores, _, least, kept: cuts.eta_cutoff(scores, least, kept),
+    "renormalize_logits": lambda scores, _: tf.nn.log_softmax(scores),
+}
+
+
+# --- functions of the caller -------------------------------------------------------------------
+
+
+def is_met(criterion: Function, text: Text, scores: Tensor) -> Tensor:
+    """Whether a criterion ends each text: bool `[N]`.
+
+    Raises:
+        ValueError: it gave something else.
     """
-    one = tf.constant(1, tf.int64)
+    found = tf.convert_to_tensor(called(criterion, text, scores))
+    N = text.tokens.shape[0]
+    arguments.check_answer(criterion, "stopping criterion", tuple(found.shape), ((), (N,)))
+    return tf.broadcast_to(tf.cast(found, tf.bool), (N,))
 
-    def refine(bit: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        # Adding the highest bit to the lowest number wraps round to 0.
-        higher = level + tf.bitwise.left_shift(one, bit)
-        return bit - 1, tf.where(holds(higher), higher, level)
 
-    start = tf.fill((scores.shape[0],), tf.int64.min)
-    bits = tf.constant(63, tf.int64)
-    _, level = tf.while_loop(lambda bit, _: bit >= 0, refine, (bits, start))
-    return level
+def called(function: Function, text: Text, *scores: Tensor) -> Any:
+    """What a function of texts and scores gives; see `generate` for what it is given."""
+    if takes_length(function):
+        return function(text.written, *scores, text.shown)
+    return function(text.written[:, : text.shown], *scores)
+
+
+def takes_length(function: Function) -> bool:
+    """Whether a function takes a third argument, the length, and so can be traced."""
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    places = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in places for parameter in parameters) >= 3
+
+
+def _processed(scores: Tensor, text: Text, processor: Function) -> Tensor:
+    found = tf.convert_to_tensor(called(processor, text, tf.cast(scores, tf.float32)))
+    shape = tuple(scores.shape)
+    arguments.check_answer(processor, "logits processor", tuple(found.shape), (shape,))
+    return tf.cast(found, scores.dtype)
+
+
+def _allowed(scores: Tensor, text: Text, function: Function) -> Tensor:
+    V = scores.shape[1]
+    rows = tf.range(text.tokens.shape[0]) // text.copies
+    if takes_length(function):
+
+        def one(row: tuple[Tensor, Tensor]) -> Tensor:
+            found = tf.convert_to_tensor(function(*row, text.shown))
+            arguments.check_answer(function, "function", tuple(found.shape), ((V,),))
+            return found
+
+        kept = tf.map_fn(one, (rows, text.written), fn_output_signature=tf.bool)
+        return without(~kept, scores)
+    kept = np.zeros(scores.shape, np.bool_)
+    for place, row in enumerate(rows.numpy()):
+        kept[place, list(function(int(row), text.written[place, : text.shown]))] = True
+    return without(~tf.constant(kept), scores)
+
+
+# --- looking at texts --------------------------------------------------------------------------
+
+
+def _count(text: Text) -> Tensor:
+    """The number of real tokens of each text: int32 `[N]`."""
+    return tf.reduce_sum(tf.cast(text.tokens >= 0, tf.int32), axis=1)
+
+
+def _latest(text: Text, count: int) -> Tensor:
+    """The last `count` tokens of each text, -1 where there are not as many: int32 `[N, count]`."""
+    columns = text.length - count + tf.range(count)
+    found = tf.gather(text.tokens, tf.maximum(columns, 0), axis=1)
+    return tf.where(columns >= 0, found, -1)
+
+
+def _alone(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Scores `[V]` that leave some tokens alone."""
+    return without(~tokens, tf.zeros(tokens.shape, scores.dtype))
+
+
+def _scattered(ids: Tensor, values: Tensor, V: int) -> Tensor:
+    """The sum of the values of each id: `[N, n]` twice -> `[N, V]`; an id of -1 is none."""
+    N = ids.shape[0]
+    columns = tf.where(ids >= 0, ids, V)
+    places = tf.stack([tf.broadcast_to(tf.range(N)[:, None], columns.shape), columns], axis=-1)
+    return tf.scatter_nd(places, values, (N, V + 1))[:, :V]

@@ -1,0 +1,142 @@
+"""Contrastive search: likely tokens that do not repeat what the text says already."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_tf.decoder import Cache
+from opt_tf.generation.cuts import best
+from opt_tf.generation.decoding import (
+    SOUND,
+    Carried,
+    Net,
+    Plain,
+    State,
+    fault_of,
+    guided,
+    noted,
+    text_of,
+)
+from opt_tf.generation.rules import ruled
+from opt_tf.generation.setup import Made, Told
+
+
+class Search(NamedTuple):
+    """What a step takes and gives."""
+
+    #: As elsewhere, but that the newest token was fed when it was a candidate.
+    plain: State
+    #: [B, E]: the last hidden state of the newest token.
+    hidden: Tensor
+    #: float32 [B, W, E]: those of all columns so far, of length 1.
+    context: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens `[B, W]`."""
+        return self.plain.tokens
+
+    @property
+    def length(self) -> Tensor:
+        """How many columns are settled."""
+        return self.plain.length
+
+    @property
+    def finished(self) -> Tensor:
+        """Which texts are finished."""
+        return self.plain.finished
+
+    @property
+    def cache(self) -> Cache:
+        """The keys and values of all columns."""
+        return self.plain.cache
+
+
+class Contrastive(Plain):
+    """Contrastive search (2202.06417)."""
+
+    def first(self) -> Carried:
+        """The prompt is fed, and the first token of every text chosen among its candidates."""
+        setup, fed = self.setup, self.fed()
+        units = _units(fed.states)
+        room = [[0, 0], [0, setup.plan.width - units.shape[1]], [0, 0]]
+        state = Search(self.started(fed.cache), fed.last, tf.pad(units, room))
+        V = setup.model.config.vocab_size
+        seen = (tf.zeros((len(setup.prompt), V), fed.last.dtype), tf.zeros((len(setup.prompt), V)))
+        carried = Carried(state, tf.constant(SOUND), seen if setup.made.collects else ())
+        return self.go_on(carried, self.told.start + 1)
+
+    def go_on(self, carried: Carried, end: Tensor) -> Carried:
+        """Choose and feed candidates until `end` columns are settled."""
+        carried = self.program(loop, self.setup.made)(carried, self.told, end)
+        return carried
+
+
+def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Carried:
+    """Choose until `end` columns are settled, every text is finished, or a score is bad."""
+
+    def is_asked(carried: Carried) -> Tensor:
+        state = carried.state.plain
+        return (state.length < end) & (carried.fault == SOUND) & ~tf.reduce_all(state.finished)
+
+    def one_more(carried: Carried) -> tuple[Carried]:
+        return (step(net, carried.state, told, made),)
+
+    (carried,) = tf.while_loop(is_asked, one_more, (carried,))
+    return carried
+
+
+def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
+    """Feed the likeliest tokens side by side, and keep the one that says something new."""
+    state = search.plain
+    raw = net.scores(search.hidden)  # [B, V]
+    text = text_of(state.tokens, state.length, told)
+    changed = ruled(guided(raw, told), text, told.rules, made.functions)
+    changed = tf.cast(changed, tf.float64)
+    count = min(made.candidates, changed.shape[1])
+    values, candidates = best(changed, count)  # [B, k]
+    fault = fault_of(raw, changed, candidates[:, 0], told)
+    places = tf.range(state.mask.shape[1]) == state.length + tf.range(count)[:, None]
+    mask = state.mask[:, None] | places  # [B, k, S]: the past, and itself
+    positions = tf.repeat(state.positions[:, None], count, axis=1)
+    hidden, cache = net.feed(candidates, positions, mask, state.cache)  # [B, k, E]
+    units = _units(hidden)
+    likeness = tf.matmul(units, search.context, transpose_b=True)  # [B, k, W]
+    is_text = state.mask[:, None, : search.context.shape[1]]
+    likeness = tf.reduce_max(tf.where(is_text, likeness, -np.inf), axis=2)
+    shares = tf.exp(values - tf.reduce_logsumexp(changed, axis=1, keepdims=True))
+    (alpha,) = told.numbers
+    merits = (1 - alpha) * shares - alpha * tf.cast(likeness, tf.float64)
+    merits = tf.where(values > -np.inf, merits, tf.constant(-np.inf, tf.float64))
+    place = tf.argmax(merits, axis=1, output_type=tf.int32)  # [B]
+    state = state._replace(
+        cache=_moved(cache, state.length, count, place), positions=state.positions + 1
+    )
+    chosen = tf.gather(candidates, place, batch_dims=1)
+    is_new = (tf.range(search.context.shape[1]) == state.length)[:, None]
+    context = tf.where(is_new, tf.gather(units, place, batch_dims=1)[:, None], search.context)
+    carried = noted(state, chosen, raw, changed, fault, told, made)
+    hidden = tf.gather(hidden, place, batch_dims=1)
+    return carried._replace(state=Search(carried.state, hidden, context))
+
+
+def _units(hidden: Tensor) -> Tensor:
+    """Hidden states of length 1, float32."""
+    return tf.math.l2_normalize(tf.cast(hidden, tf.float32), axis=-1, epsilon=0.0)
+
+
+def _moved(cache: Cache, start: Tensor, count: int, place: Tensor) -> Cache:
+    """A joined cache in which the chosen one of `count` candidates from `start` on is the first."""
+
+    def moved(room: Tensor) -> Tensor:
+        rows, _, D = room.shape
+        fresh = tf.slice(room, (0, start, 0), (rows, count, D))
+        chosen = tf.gather(fresh, tf.repeat(place, rows // place.shape[0])[:, None], batch_dims=1)
+        return keras.ops.slice_update(room, (0, start, 0), chosen)
+
+    return Cache(tuple(map(moved, cache.keys)), tuple(map(moved, cache.values)), start + 1)

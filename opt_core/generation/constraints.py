@@ -60,6 +60,9 @@ class ForcedWords:
     text of `beam`. One with a score of -inf does not exist: feed anything, and give -inf for all
     that would follow it. Texts that are done are fed anything, too. After the last step,
     `results(count)` gives what is returned, best first.
+
+    Words are sought, not guaranteed: beams at every stage of progress run side by side, but one
+    that holds its words goes on only by its score, and without stop tokens it can be lost.
     """
 
     def __init__(self, asked: GenerationConfig, planned: Plan) -> None:

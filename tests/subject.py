@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from opt_core import reference
 from opt_core.generation import GenerationConfig, Strategy
+from opt_core.reference import Generated, Record
 from opt_core.weights import Head
 from tests.cases import Arrays, random_weights, tiny
 from tests.wings import Wing
@@ -27,21 +30,24 @@ class Subject:
     def generate(self, ids: Any, mask: Any = None, **options: Any) -> Any:
         return self.wing.generate(self.model, ids, attention_mask=mask, **options)
 
-    def reference(self, ids: Any, mask: Any = None, **options: Any) -> reference.Generated:
+    def reference(self, ids: Any, mask: Any = None, **options: Any) -> Generated:
         """The reference's tokens without beams, and how sure each is."""
         return reference.generate_with_margins(*self._asked(ids, mask, options))
 
     def record(
         self, ids: Any, mask: Any = None, tokenizer: Any = None, **options: Any
-    ) -> reference.Record | None:
-        """All that the reference says, for any strategy; None if a choice was close."""
-        asked, call = self._asked(ids, mask, options), reference.Call(tokenizer=tokenizer)
-        if asked[-1].strategy not in (Strategy.BEAMS, Strategy.CONSTRAINED):
-            found = reference.generate_with_margins(*asked, call=call)
-            is_sure = found.margins.min() >= MARGIN
-        else:
-            is_sure = reference.is_sure(*asked, call=call, disturbances=1)
-        return reference.record(*asked, call=call) if is_sure else None
+    ) -> Record | None:
+        """The reference's tokens and, of beams, their scores; None if a choice was close."""
+        config, weights, *asked = self._asked(ids, mask, options)
+        call = reference.Call(tokenizer=tokenizer)
+        if asked[-1].strategy in (Strategy.BEAMS, Strategy.CONSTRAINED):
+            other = reference.generate(config, reference.disturbed(weights, 0), *asked, call=call)
+            found = reference.record(config, weights, *asked, call=call)
+            return found if np.array_equal(found.sequences, other) else None
+        sure = reference.generate_with_margins(config, weights, *asked, call=call)
+        if sure.margins.min() < MARGIN:
+            return None
+        return Record(sure.sequences, (), ())
 
     def right(self, ids: Any, mask: Any = None, **options: Any) -> Any:
         """The reference's tokens, none of them a close choice."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from opt_core.weights import Head
@@ -29,6 +29,7 @@ def assistant(wing: Wing) -> Subject:
 
 
 @pytest.mark.parametrize(("strategy", "rules"), PAIRS)
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_tokens_are_those_of_the_reference(
     subject: Subject, assistant: Subject, strategy: str, rules: str, data: st.DataObject

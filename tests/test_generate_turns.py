@@ -57,8 +57,8 @@ def test_a_second_turn_goes_on_from_the_cache_of_the_first(
         np.testing.assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("second", ["sampling", "contrastive", "lookup"])
-def test_every_strategy_takes_a_cache(subject: Subject, second: str) -> None:
+@pytest.mark.parametrize("second", ["sampling", "lookup"])
+def test_other_strategies_take_a_cache(subject: Subject, second: str) -> None:
     turn = _turn(subject, BATCH.ids, BATCH.mask)
     ids, mask = _longer(turn.sequences, 3, seed=8)
     fresh = subject.generate(ids, mask, **FREE, **STRATEGIES[second])
@@ -66,6 +66,18 @@ def test_every_strategy_takes_a_cache(subject: Subject, second: str) -> None:
         ids, mask, past_key_values=turn.past_key_values, **FREE, **STRATEGIES[second]
     )
     np.testing.assert_array_equal(found, fresh)
+
+
+@pytest.mark.parametrize("option", ["penalty_alpha", "guidance_scale", "use_cache"])
+def test_what_needs_the_whole_text_again_takes_no_cache(subject: Subject, option: str) -> None:
+    """Contrastive search compares with hidden states, guidance has rows of its own."""
+    values = {"penalty_alpha": 0.4, "guidance_scale": 2.0, "use_cache": False}
+    turn = _turn(subject, BATCH.ids, BATCH.mask)
+    ids, mask = _longer(turn.sequences, 3, seed=8)
+    with pytest.raises(ValueError, match=f"past_key_values do not go with {option}"):
+        subject.generate(
+            ids, mask, past_key_values=turn.past_key_values, **{option: values[option]}
+        )
 
 
 def test_a_third_turn_and_a_plain_cache_go_on_too(subject: Subject) -> None:

@@ -35,9 +35,8 @@ def place_by_search(prompt: list[int], new: list[int], strings: Sequence[str]) -
     whole = begun
     for count, token in enumerate(new, 1):
         whole += BYTES[token]
-        ends = (whole[:end].endswith(s.encode()) for end in range(len(whole) + 1) for s in strings
-                if end > len(begun))  # fmt: skip
-        if any(ends):
+        longer = [whole[:end] for end in range(len(begun) + 1, len(whole) + 1)]
+        if any(text.endswith(string.encode()) for text in longer for string in strings):
             return count
     return None
 

@@ -27,12 +27,14 @@ class Visible(NamedTuple):
 
     `shown` is bool `[B, keys]`, or None where nothing is padded. `start` is an array where the
     keys lie in a buffer of fixed length; what lies behind the newest token there is not read.
+    `allowed`, bool `[B, 1, T, keys]`, says in place of the order which keys each query sees.
     """
 
     start: int | Array
     queries: int
     keys: int
     shown: Array | None
+    allowed: Array | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -41,6 +43,8 @@ class Visible(NamedTuple):
 
     def mask(self) -> Array:
         """Bool `[1 or B, 1, T, keys]`, True where a query may attend."""
+        if self.allowed is not None:
+            return self.allowed
         places = jnp.arange(self.queries, dtype=jnp.int32) + jnp.int32(self.start)
         seen = jnp.arange(self.keys, dtype=jnp.int32)[None] <= places[:, None]  # [T, S]
         mask: Array = seen[None, None]

@@ -1,6 +1,5 @@
-"""Decoding: one pass over the prompt, then one step a token, the whole loop in one program."""
+"""Decoding: one pass over the prompt, then the loop of steps and choices as one program."""
 
-from opt_flax.generation.decoding import GenerationMixin, loop, prefill, select, step
-from opt_flax.generation.rules import draw
+from opt_flax.generation.mixin import GenerationMixin
 
-__all__ = ["GenerationMixin", "draw", "loop", "prefill", "select", "step"]
+__all__ = ["GenerationMixin"]

@@ -1,112 +1,27 @@
-"""`generate` and `stream`: prefill, then the loop of steps and choices as one program."""
+"""The core of all strategies: prefill, step and loop, and the choice of greedy and sampled ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from opt_core import arguments
-from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig, Plan, Streamer, plan, receiver
-from opt_core.outputs import GenerateOutput
+from opt_core.generation import DecodeState, Strategy
 from opt_flax.attention import Visible, choose
-from opt_flax.decoder import Cache, is_traced, positions_of
-from opt_flax.generation.rules import (
-    NO_TOKEN,
-    Asked,
-    State,
-    choice,
-    goes_on,
-    newest,
-    seeded,
-    voided,
-)
-from opt_flax.models.inputs import checked_ids, parts_of, told
+from opt_flax.decoder import Cache, positions_of
+from opt_flax.generation.cuts import draw, largest
+from opt_flax.generation.rules import Functions, Numbers, Text, chain, stopped
 
+State = DecodeState[Array, Cache]
 
-class GenerationMixin:
-    """`generate` and `stream` for a model over a module with `model.decoder` and a head."""
-
-    generation_config: GenerationConfig
-
-    def generate(
-        self,
-        input_ids: Any = None,
-        generation_config: GenerationConfig | None = None,
-        prng_key: Any = None,
-        trace: bool = True,
-        params: Any = None,
-        logits_processor: Any = None,
-        *,
-        attention_mask: Any = None,
-        streamer: Streamer | Callable[[Array], None] | None = None,
-        tokenizer: Sized | None = None,
-        compiled: bool = True,
-        **options: Any,
-    ) -> Array | GenerateOutput:
-        """Continue every row: `[B, P]` int -> `[B, P + n]` int32, the prompt included.
-
-        Options are those of `GenerationConfig`; what is not given comes from `generation_config`,
-        else from the model's own. Padding may be on either side and changes nothing. New tokens
-        come after column P; a row that has chosen a stop token is filled with the pad id. Without
-        `input_ids` every text starts with the bos token. `params` stands for the model's own.
-        `prng_key` stands for `seed`: its last two words, so that `jax.random.key(5)` is `seed=5`.
-        `streamer` is called with the tokens `[B]` of each step. With a `tokenizer`, ids that it
-        does not know are never chosen. With `return_dict_in_generate` the result is a record with
-        `sequences` and `past_key_values`.
-
-        There are two programs, for the prompt and for all that follows. Their shapes are those of
-        `Plan`, so they serve every text of about the same length and all values of the options.
-        `trace=False`, or `compiled=False`, runs without them, for debuggers.
-
-        Inside a program of the caller's own, n is always the most tokens asked for, every row
-        counts as P tokens long when room is checked, draws need a `seed`, and from the first token
-        on that would be chosen from NaN all are -1.
-
-        Raises:
-            ValueError: a bad option or prompt, no room for the tokens asked for (before anything
-                is computed), or scores that are NaN.
-        """
-        options |= {} if logits_processor is None else {"logits_processor": logits_processor}
-        options |= seeded(prng_key, options.get("seed"))
-        run = _Run.of(
-            self, input_ids, attention_mask, generation_config, tokenizer, params, options
-        )
-        run = run if compiled is True and trace is True else run.without_programs(compiled)
-        if streamer is None:
-            return run.result(run.finished())
-        put, end = receiver(streamer, run.asked_prompt, np.asarray)
-        for state in run.states():
-            put(_newest(state))
-        end()
-        return run.result(state)
-
-    def stream(
-        self,
-        input_ids: Any = None,
-        generation_config: GenerationConfig | None = None,
-        prng_key: Any = None,
-        params: Any = None,
-        *,
-        attention_mask: Any = None,
-        tokenizer: Sized | None = None,
-        **options: Any,
-    ) -> Iterator[Array]:
-        """As `generate`, but an iterator over the tokens `[B]` of each step."""
-        options |= seeded(prng_key, options.get("seed"))
-        run = _Run.of(
-            self, input_ids, attention_mask, generation_config, tokenizer, params, options
-        )
-        return map(_newest, run.states())
+#: What stands where a token could not be chosen: the scores are not numbers, or all -inf.
+NAN, NOTHING = -2, -3
 
 
 @dataclass(frozen=True)
@@ -116,239 +31,281 @@ class Program:
     module: nn.Module = field(compare=False)
     #: What the module is made of. It stands for the module itself, which has no hash.
     parts: tuple[Any, ...]
+    strategy: Strategy
+    width: int
     capacity: int
     prompt_room: int
     samples: bool
     keeps_cache: bool
+    #: Beams and their groups; the candidates of a group, or of a contrastive step; the drafts of a
+    #: round; the sequences that are returned of a text.
+    beams: int = 1
+    groups: int = 1
+    candidates: int = 0
+    drafts: int = 0
+    returned: int = 1
+    functions: Functions = field(default_factory=Functions)
+    assistant: Program | None = None
 
 
-class _Run(NamedTuple):
-    """One generation: everything that is settled before the first pass."""
+class Asked(NamedTuple):
+    """The numbers of one generation that its programs take as arguments, as host arrays.
 
-    program: Program
-    params: Any
-    generation: GenerationConfig
-    plan: Plan
-    prompt: Any  # int32 [B, P]
-    shown: Any  # bool [B, P]
-    asked: Asked
-    asked_prompt: Any  # as given
-    is_compiled: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        input_ids: Any,
-        attention_mask: Any,
-        generation: GenerationConfig | None,
-        tokenizer: Sized | None,
-        params: Any,
-        options: dict[str, Any],
-    ) -> _Run:
-        config = model.config
-        merged = (generation or model.generation_config).merged(**options)
-        params = model.params if params is None else params
-        prompt = _prompt(config, input_ids, merged)
-        shown = _shown(prompt, attention_mask, merged.padding_id)
-        B, P = prompt.shape
-        lengths = [P] * B if is_traced(shown) else shown.sum(1).tolist()
-        planned = plan(merged, config, prompt_length=P, row_lengths=lengths)
-        room = planned.prompt_room if merged.use_cache else planned.capacity
-        module, samples = model.module, merged.do_sample
-        key = (parts_of(module), planned.capacity, room, samples, merged.use_cache)
-        program = Program(module, *key)
-        copies = merged.num_return_sequences
-        known = config.vocab_size if tokenizer is None else len(tokenizer)
-        asked = Asked.of(
-            merged, planned, rows=B * copies, vocab_size=config.vocab_size, known=known
-        )
-        if copies > 1:
-            library: Any = jnp if is_traced(prompt) or is_traced(shown) else np
-            prompt, shown = (library.repeat(x, copies, axis=0) for x in (prompt, shown))
-        run = cls(program, params, merged, planned, prompt, shown, asked, input_ids)
-        if run.is_traced and merged.do_sample and merged.seed is None:
-            raise ValueError(
-                "inside a compiled program fresh entropy would be the same at every call; "
-                "give a seed, or call generate outside of jax.jit"
-            )
-        return run
-
-    @property
-    def is_traced(self) -> bool:
-        """Whether a program of the caller's own is being compiled."""
-        return any(map(is_traced, (self.prompt, self.shown, *jax.tree.leaves(self.params))))
-
-    def without_programs(self, compiled: Any) -> _Run:
-        """The same run step by step."""
-        if compiled not in (True, False):
-            raise ValueError(f"compiled is {compiled!r}; it must be True or False")
-        self.check_outside("a run without programs")
-        return self._replace(is_compiled=False)
-
-    def check_outside(self, what: str) -> None:
-        """Refuse what cannot be a part of a program of the caller's own."""
-        if self.is_traced:
-            raise ValueError(f"{what} needs values as they come; call it outside of jax.jit")
-
-    def finished(self) -> Any:
-        """The state after the last choice."""
-        with self._mode():
-            return _loop(self.program, self.params, self._start(), self.asked)
-
-    def states(self) -> Iterator[State]:
-        """The state after each choice; it is used up by the next."""
-        self.check_outside("a stream")
-        with self._mode():
-            state = self._start()
-        while True:
-            self.check(state)
-            yield state
-            if not bool(_goes_on(state, self.asked)):
-                return
-            with self._mode():
-                state = _step(self.program, self.params, state, self.asked)
-
-    def result(self, state: State) -> Array | GenerateOutput:
-        """What `generate` returns."""
-        self.check(state)
-        if is_traced(state.tokens):
-            tokens = state.tokens[:, : self.plan.prompt_length + self.plan.max_new_tokens]
-        else:
-            # By way of the host: a slice on the device is a program for each length.
-            tokens = jax.device_put(np.asarray(state.tokens)[:, : int(state.length)])
-        if not self.generation.return_dict_in_generate:
-            return tokens
-        cache = state.cache if self.program.keeps_cache else None
-        return GenerateOutput(sequences=tokens, past_key_values=cache)
-
-    def check(self, state: State) -> None:
-        """Refuse tokens that were not chosen from numbers."""
-        if not is_traced(state.tokens) and (np.asarray(_newest(state)) == NO_TOKEN).any():
-            raise arguments.nan_scores(int(state.length) - 1)
-
-    def _start(self) -> State:
-        room = self.program.prompt_room - self.plan.prompt_length
-        library: Any = jnp if is_traced(self.prompt) or is_traced(self.shown) else np
-        prompt, shown = (library.pad(x, ((0, 0), (0, room))) for x in (self.prompt, self.shown))
-        state: State = _prefill(self.program, self.params, prompt, shown, self.asked)
-        return state
-
-    def _mode(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.is_compiled else jax.disable_jit()
-
-
-def prefill(program: Program, params: Any, prompt: Array, shown: Array, asked: Asked) -> State:
-    """The state after the first choice: int and bool `[B, room]`, the prompt and what is real."""
-    B, room = prompt.shape
-    S, first = program.capacity, asked.first
-    columns = jnp.arange(S, dtype=jnp.int32)[None]
-    widths = ((0, 0), (0, S - room))
-    cache = Cache((), (), jnp.int32(0))
-    if program.keeps_cache:
-        module: Any = program.module
-        cache = Cache.empty(module.config, B, S, module.dtype)
-    state = State(
-        tokens=jnp.where(columns < first, jnp.pad(prompt, widths), asked.fill),
-        length=first,
-        finished=jnp.zeros(B, bool),
-        positions=shown.sum(1, dtype=jnp.int32),
-        mask=jnp.pad(shown, widths),
-        cache=cache,
-    )
-    state, scores = _whole_pass(program, params, state, room)
-    return select(program, state, scores, asked)
-
-
-def step(program: Program, params: Any, state: State, asked: Asked) -> State:
-    """Feed every row's newest token, and choose the next."""
-    if not program.keeps_cache:
-        state, scores = _whole_pass(program, params, state, program.capacity)
-        return select(program, state, scores, asked)
-    visible = Visible(state.cache.length, 1, program.capacity, state.mask)
-    ids, positions = newest(state)[:, None], state.positions[:, None]  # [B, 1] twice
-    hidden, cache = _decode(program, params, visible, ids, positions, state.cache)
-    scores = _scores(program, params, hidden[:, -1])
-    assert cache is not None
-    state = state._replace(cache=cache, positions=state.positions + 1)
-    return select(program, state, scores, asked)
-
-
-def loop(program: Program, params: Any, state: State, asked: Asked) -> State:
-    """All steps, until every row is finished or as long as it may get."""
-
-    def body(state: State) -> State:
-        return step(program, params, state, asked)
-
-    goes = partial(goes_on, asked=asked)
-    return voided(_flat(lambda state: lax.while_loop(goes, body, state), state))
-
-
-def one(program: Program, params: Any, state: State, asked: Asked) -> State:
-    """A single step, as streams take them."""
-    return _flat(lambda state: step(program, params, state, asked), state)
-
-
-def _flat(run: Callable[[State], State], state: State) -> State:
-    """Run with a cache of `[B * H, S, D]` buffers where XLA's CPU compiler wants them.
-
-    It computes products over one axis of rows; of buffers with two it makes copies in each step.
+    What is None is not asked for, and no part of the programs.
     """
-    B, cache = len(state.tokens), state.cache
-    if jax.default_backend() != "cpu" or not len(cache):
-        return run(state)
-    state = run(state._replace(cache=cache.reshaped(-1)))
-    return state._replace(cache=state.cache.reshaped(B, -1))
+
+    stops: Array  # int32 [n]: the stop tokens, then ids outside the vocabulary
+    fill: Array  # int32 []: what follows in a row that is finished
+    first: Array  # int32 []: P, the columns of the prompt
+    end: Array  # int32 []: P + N, the most columns there will be
+    row: Array  # int32 []: the place of the first row in the batch
+    given: Numbers
+    uniforms: Array | None = None  # float32 [B, W, draws, 2]: see `cuts.parts`
+    guidance: Array | None = None  # float32 []
+    table: Array | None = None  # int32 [n, V]: `StopTable.after`
+    prompt: Array | None = None  # int32 [R, W]: as given, where passes or functions look at it
+    ranking: tuple[Array, Array] | None = None  # int32 [] early_stopping, float32 [] length_penalty
+    alpha: Array | None = None  # float32 []: the penalty of contrastive search
+    matching: Array | None = None  # int32 []: the longest ending that is looked up
 
 
-def select(program: Program, state: State, scores: Array, asked: Asked) -> State:
-    """Choose the token of every row from its scores `[B, V]`, and note it."""
-    chosen = choice(scores, state, asked, samples=program.samples)
+class Begun(NamedTuple):
+    """What a generation starts from; the first columns of the prompt may lie in a cache."""
+
+    ids: Any  # int32 [R, room]: the other columns, and what follows them
+    shown: Any  # bool [R, S]: the real tokens of all columns
+    tokens: Any  # int32 [B, W]: see `DecodeState`
+    matched: Any  # int32 [B]
+    past: Cache | None  # R rows
+
+
+class Seen(NamedTuple):
+    """What tokens were chosen from: as the model scored them, and after the rules, `[n, V]`."""
+
+    logits: Array
+    scores: Array
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(
+    program: Program, params: Any, begun: Begun, asked: Asked
+) -> tuple[State, Array, Array]:
+    """Pass over the prompt: the state before the first choice, `[R, V]`, and all `[R, T, E]`.
+
+    Columns behind the prompt are fed too, and hidden; what is chosen is written over them.
+    """
+    R, room = begun.ids.shape
+    cache, start, keys, shown = begun.past, 0, room, begun.shown[:, :room]
+    positions = positions_of(shown, room)
+    if cache is not None:
+        cache, start, keys = cache.grown(program.capacity), cache.length, program.capacity
+        positions = positions_of(begun.shown, keys)
+        positions = lax.dynamic_slice_in_dim(positions, start, room, axis=1)
+        shown = lax.dynamic_slice_in_dim(begun.shown, start, room, axis=1)
+        visible = Visible(start, room, keys, begun.shown)
+    else:
+        visible = Visible(0, room, room, shown)
+        if program.keeps_cache:
+            module: Any = program.module
+            cache = Cache.empty(module.config, R, program.capacity, module.dtype)
+    hidden, cache = passed(program, params, visible, begun.ids, positions, cache)
+    if cache is not None:
+        cache = Cache(cache.keys, cache.values, asked.first)
+    state = State(
+        tokens=begun.tokens,
+        length=asked.first,
+        finished=jnp.zeros(len(begun.tokens), bool),
+        matched=begun.matched,
+        positions=begun.shown.sum(1, dtype=jnp.int32),
+        mask=begun.shown,
+        cache=Cache((), (), asked.first) if cache is None else cache,
+    )
+    return state, scored(program, params, hidden, shown), hidden
+
+
+def start(program: Program, params: Any, begun: Begun, asked: Asked) -> tuple[State, Seen]:
+    """The state after the first choice."""
+    state, logits, _ = prefill(program, params, begun, asked)
+    return select(program, state, logits, asked)
+
+
+def step(program: Program, params: Any, state: State, asked: Asked) -> tuple[State, Seen]:
+    """Feed every row's newest token, and choose the next."""
+    state, logits = fed(program, params, state, asked)
+    return select(program, state, logits, asked)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def fed(program: Program, params: Any, state: State, asked: Asked) -> tuple[State, Array]:
+    """Feed every row's newest token: its scores are `[R, V]`."""
+    after: tuple[State, Array] = flat(_fed, program, params, state, asked)
+    return after
+
+
+def _fed(program: Program, params: Any, state: State, asked: Asked) -> tuple[State, Array]:
+    R = len(state.positions)
+    if not program.keeps_cache:
+        ids = written(asked, state.tokens, every=True)
+        return state, whole_pass(program, params, ids, state.mask[:, : program.width])
+    visible = Visible(state.cache.length, 1, program.capacity, state.mask)
+    ids, positions = twice(newest(state), R)[:, None], state.positions[:, None]  # [R, 1] twice
+    hidden, cache = passed(program, params, visible, ids, positions, state.cache)
+    state = state._replace(cache=cache, positions=state.positions + 1)
+    return state, headed(program, params, hidden[:, -1])
+
+
+def select(program: Program, state: State, logits: Array, asked: Asked) -> tuple[State, Seen]:
+    """Choose the token of every row from the scores `[R, V]`, and note it."""
+    combined = guided(logits, asked)
+    text = Text(state.tokens, state.length, places(asked, len(state.tokens), 1), None)
+    if program.functions.all:
+        text = text._replace(ids=written(asked, state.tokens))
+    scores = chain(program.functions, combined, text, asked.given)
+    cache, state = state.cache, state._replace(cache=None)  # type: ignore[arg-type]
+    state = _chosen(program, state, combined, scores, asked)
+    if program.functions.criteria:
+        ids = written(asked, state.tokens)
+        ended = stopped(program.functions, ids, scores, state.length)
+        state = state._replace(finished=state.finished | ended)
+    return state._replace(cache=cache), Seen(logits[: len(scores)], scores)
+
+
+@partial(jax.jit, static_argnums=0)
+def _chosen(program: Program, state: State, raw: Array, scores: Array, asked: Asked) -> State:
+    if program.samples:
+        assert asked.uniforms is not None
+        count = state.length - asked.first
+        uniform = lax.dynamic_index_in_dim(asked.uniforms[:, :, 0], count, 1, keepdims=False)
+        chosen = draw(scores, uniform)
+    else:
+        chosen = largest(scores)
+    chosen = marked(chosen, raw, scores, asked, most=not program.samples)
+    return appended(state, jnp.where(state.finished, asked.fill, chosen), asked)
+
+
+def appended(state: State, chosen: Array, asked: Asked) -> State:
+    """Note the token of every row, int32 `[B]`."""
     write = partial(lax.dynamic_update_index_in_dim, index=state.length, axis=1)
+    matched, ended = ends(state.matched, chosen, asked)
     return state._replace(
         tokens=write(state.tokens, chosen),
-        mask=write(state.mask, jnp.ones_like(chosen, bool)),
-        finished=state.finished | (chosen[:, None] == asked.stops[None]).any(1),
+        mask=write(state.mask, jnp.ones(len(state.mask), bool)),
+        matched=jnp.where(state.finished, state.matched, matched),
+        finished=state.finished | ended,
         length=state.length + 1,
     )
 
 
-# Compiled once for each `Program` and shape, whichever model asks; a state is used up by its heir.
-_prefill = jax.jit(prefill, static_argnums=0)
-_step = jax.jit(one, static_argnums=0, donate_argnums=2)
-_loop = jax.jit(loop, static_argnums=0, donate_argnums=2)
-_goes_on, _newest = jax.jit(goes_on), jax.jit(newest)
+def ends(matched: Array, chosen: Array, asked: Asked) -> tuple[Array, Array]:
+    """What of a stop string a text ends with after a token, and whether it ends: `[...]` each."""
+    ended = jnp.isin(chosen, asked.stops, method="compare_all")
+    if asked.table is None:
+        return matched, ended
+    matched = asked.table[matched, jnp.maximum(chosen, 0)]
+    return matched, ended | (matched == len(asked.table) - 1)
 
 
-def _whole_pass(program: Program, params: Any, state: State, room: int) -> tuple[State, Array]:
-    """Feed all columns so far, and score what follows each row's last real token: `[B, V]`.
+def marked(chosen: Array, raw: Array, scores: Array, asked: Asked, *, most: bool) -> Array:
+    """The chosen tokens `[n]`, or in their place why there can be none.
 
-    The columns up to `room` are fed; those that are not settled yet are hidden.
+    `most` says whether a score may be inf.
     """
-    ids, shown = state.tokens[:, :room], state.mask[:, :room]
-    cache = state.cache if program.keeps_cache else None
-    visible, positions = Visible(0, room, room, shown), positions_of(shown, room)
-    hidden, cache = _decode(program, params, visible, ids, positions, cache)
-    places = jnp.arange(room, dtype=jnp.int32)[None]
-    last = jnp.where(shown, places, 0).max(1)[:, None, None]  # [B, 1, 1]
-    scores = _scores(program, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    # A row without any token has no last one; where Python could look it was refused.
-    scores = jnp.where(shown.any(1, keepdims=True), scores, jnp.nan)
-    if cache is not None:
-        # The next token goes to the column after the prompt, over what was hidden there.
-        state = state._replace(cache=Cache(cache.keys, cache.values, state.length))
-    return state, scores
+    best = scores.max(1)
+    is_nan = jnp.isnan(best) if most else jnp.isnan(best) | (best == jnp.inf)
+    if "remove_invalid_values" not in asked.given:
+        is_nan = is_nan | jnp.isnan(raw).any(1)
+    return jnp.where(is_nan, NAN, jnp.where(best == -jnp.inf, NOTHING, chosen))
 
 
-def _decode(
+def newest(state: Any) -> Array:
+    """The tokens `[B]`, or `[B, K]`, that were chosen last."""
+    tokens: Array = lax.dynamic_index_in_dim(state.tokens, state.length - 1, -1, keepdims=False)
+    return tokens
+
+
+def goes_on(state: State, asked: Asked) -> Array:
+    """Whether another token is asked for, bool `[]`; not after scores without a choice."""
+    return (state.length < asked.end) & ~state.finished.all() & (newest(state) > NAN).all()
+
+
+def loop(step: Callable[[Any], Any], goes: Callable[[Any], Array], state: Any, until: Array) -> Any:
+    """All steps, until every row is finished or so many columns are settled."""
+    return flat(
+        lambda state: lax.while_loop(lambda s: goes(s) & (s.length < until), step, state), state
+    )
+
+
+def voided(tokens: Array, length: Array) -> Array:
+    """After scores without a choice no token: nobody may read on as if the text ended there."""
+    last = lax.dynamic_index_in_dim(tokens, length - 1, 1)
+    later = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] >= length
+    return jnp.where(later & (last <= NAN).any(), NAN, tokens)
+
+
+def flat(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Run with caches of `[B * H, S, D]` buffers where XLA's CPU compiler wants them.
+
+    It computes products over one axis of rows; of buffers with two it makes copies in each step.
+    """
+
+    def is_cache(value: Any) -> bool:
+        return isinstance(value, Cache)
+
+    found = [x for x in jax.tree.leaves(arguments, is_leaf=is_cache) if is_cache(x) and len(x)]
+    rows = {len(cache.keys[0]) for cache in found if cache.keys[0].ndim == 4}
+    if jax.default_backend() != "cpu" or not rows:
+        return run(*arguments)
+    (B,) = rows
+
+    def shaped(tree: Any, *front: int) -> Any:
+        return jax.tree.map(
+            lambda x: x.reshaped(*front) if is_cache(x) else x, tree, is_leaf=is_cache
+        )
+
+    return shaped(run(*shaped(arguments, -1)), B, -1)
+
+
+def guided(logits: Array, asked: Asked) -> Array:
+    """The scores of B rows from those of R, which under guidance hold each text twice."""
+    if asked.guidance is None:
+        return logits
+    kind = jnp.promote_types(logits.dtype, jnp.float32)
+    told, untold = jnp.split(jax.nn.log_softmax(logits.astype(kind)), 2)
+    return asked.guidance.astype(kind) * (told - untold) + untold
+
+
+def written(asked: Asked, tokens: Array, *, every: bool = False) -> Array:
+    """The texts of B prompts as given, then what was chosen: int32 `[B * k, W]` both ways.
+
+    With `every` those without their prompt follow: `[R * k, W]`.
+    """
+    assert asked.prompt is not None
+    B = len(asked.prompt) // (1 if asked.guidance is None else 2)
+    prompt = asked.prompt if every else asked.prompt[:B]
+    prompt = jnp.repeat(prompt, len(tokens) // B, axis=0)
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(columns < asked.first, prompt, twice(tokens, len(prompt)))
+
+
+def twice(rows: Array, count: int) -> Array:
+    """The rows of B texts for the R rows that are fed."""
+    return rows if len(rows) == count else jnp.concatenate([rows, rows])
+
+
+def places(asked: Asked, rows: int, copies: int) -> Array:
+    """Which text of the batch each row belongs to, int32 `[rows]`."""
+    return jnp.arange(rows, dtype=jnp.int32) // copies + asked.row
+
+
+def passed(
     program: Program,
     params: Any,
     visible: Visible,
     ids: Array,
     positions: Array,
     cache: Cache | None,
-) -> tuple[Array, Cache | None]:
-    """`[B, T]` ids that follow the cache -> `[B, T, E]`, and the cache that holds them."""
+) -> tuple[Array, Any]:
+    """`[R, T]` ids that follow the cache -> `[R, T, E]`, and the cache that holds them."""
 
     def decode(module: Any) -> tuple[Array, Cache | None]:
         decoder = module.model.decoder
@@ -368,8 +325,8 @@ def _decode(
     return out[0], out[1]
 
 
-def _scores(program: Program, params: Any, last: Array) -> Array:
-    """`[B, E]` hidden states of the last tokens -> `[B, V]`."""
+def headed(program: Program, params: Any, last: Array) -> Array:
+    """`[..., E]` hidden states -> `[..., V]`."""
 
     def head(module: Any) -> Any:
         tied = module.config.tie_word_embeddings
@@ -380,21 +337,18 @@ def _scores(program: Program, params: Any, last: Array) -> Array:
     return jnp.asarray(scores)
 
 
-def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> Any:
-    """int32 `[B, P]`, on the host where its values are known."""
-    if input_ids is None:
-        if generation.bos_token_id is None:
-            raise arguments.missing_prompt()
-        return np.array([[generation.bos_token_id]], np.int32)
-    ids = input_ids if is_traced(input_ids) else np.asarray(input_ids)
-    arguments.check_prompt(told(ids))
-    return checked_ids(config, ids).astype(np.int32)
+def scored(program: Program, params: Any, hidden: Array, shown: Array) -> Array:
+    """What follows the last real token of every row: `[R, T, E]`, `[R, T]` -> `[R, V]`."""
+    places = jnp.arange(shown.shape[1], dtype=jnp.int32)[None]
+    last = jnp.where(shown, places, 0).max(1)[:, None, None]  # [R, 1, 1]
+    scores = headed(program, params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    # A row without any token has no last one; where Python could look it was refused.
+    return jnp.where(shown.any(1, keepdims=True), scores, jnp.nan)
 
 
-def _shown(prompt: Any, mask: Any, padding: int | None) -> Any:
-    """Bool `[B, P]`, where real tokens are."""
-    if mask is None:
-        return prompt == prompt if padding is None else prompt != padding
-    mask = mask if is_traced(mask) else np.asarray(mask)
-    arguments.check_prompt_mask(tuple(mask.shape), tuple(prompt.shape))
-    return mask != 0
+def whole_pass(program: Program, params: Any, ids: Array, shown: Array) -> Array:
+    """All columns at once, without a cache: int and bool `[R, W]` -> `[R, V]`."""
+    W = ids.shape[1]
+    visible, positions = Visible(0, W, W, shown), positions_of(shown, W)
+    hidden, _ = passed(program, params, visible, ids, positions, None)
+    return scored(program, params, hidden, shown)

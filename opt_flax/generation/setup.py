@@ -1,0 +1,410 @@
+"""What is settled before the first pass: prompt and masks, lengths, numbers, functions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opt_core import arguments
+from opt_core.config import OPTConfig
+from opt_core.generation import (
+    GenerationConfig,
+    Plan,
+    StopTable,
+    Strategy,
+    bucket,
+    given,
+    plan,
+    prompt_room,
+    uniforms,
+)
+from opt_flax.decoder import Cache, is_traced
+from opt_flax.generation.cuts import parts
+from opt_flax.generation.decoding import Asked, Begun, Program
+from opt_flax.generation.rules import functions_of
+from opt_flax.models.inputs import checked_ids, parts_of, told
+
+#: Lists of stop tokens are rounded up to multiples of this, so that programs are reused.
+_STOPS = 8
+#: `early_stopping` as a number.
+_EARLY = {False: 0, True: 1, "never": 2}
+
+
+class Run(NamedTuple):
+    """One generation: everything that is settled before the first pass."""
+
+    program: Program
+    params: Any
+    generation: GenerationConfig
+    plan: Plan
+    begun: Begun
+    asked: Asked
+    texts: Texts
+    asked_prompt: Any  # as given
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a program of the caller's own is being compiled."""
+        return any(map(is_traced, jax.tree.leaves((self.texts[:3], self.params))))
+
+    @property
+    def prompt(self) -> Any:
+        """The prompts as given, `[B, P]`."""
+        return self.texts.ids[: self.texts.rows, self.texts.widened :]
+
+    def check_outside(self, what: str) -> None:
+        """Refuse what cannot be a part of a program of the caller's own."""
+        if self.is_traced:
+            raise ValueError(f"{what} needs values as they come; call it outside of jax.jit")
+
+    @property
+    def model_params(self) -> Any:
+        """The parameters of the model alone."""
+        return self.params if self.program.assistant is None else self.params[0]
+
+
+class Call(NamedTuple):
+    """The arguments of `generate` besides its options."""
+
+    input_ids: Any = None
+    generation_config: GenerationConfig | None = None
+    params: Any = None
+    attention_mask: Any = None
+    past_key_values: Any = None
+    logits_processor: Sequence[Any] | None = None
+    stopping_criteria: Sequence[Any] | None = None
+    prefix_allowed_tokens_fn: Any = None
+    assistant_model: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    tokenizer: Any = None
+
+
+class Texts(NamedTuple):
+    """The prompts of the R rows that are fed, on the host where their values are known."""
+
+    ids: Any  # int32 [R, P]
+    shown: Any  # bool [R, P]
+    past: Cache | None
+    #: How many rows are chosen for, and how many columns were put before the prompt.
+    rows: int
+    widened: int = 0
+
+    @property
+    def library(self) -> Any:
+        """`numpy` where values are known, else `jax.numpy`."""
+        return jnp if is_traced(self.ids) or is_traced(self.shown) else np
+
+    @property
+    def held(self) -> int:
+        """How many columns lie in a cache already."""
+        return 0 if self.past is None else int(self.past.length)
+
+    def compact(self) -> Any:
+        """The real tokens of the first B rows, moved up to the last column: int32 `[B, P]`."""
+        library, ids, shown = self.library, self.ids[: self.rows], self.shown[: self.rows]
+        order = library.argsort(shown, axis=1, stable=True)
+        columns = library.arange(ids.shape[1])[None]
+        missing = columns < ids.shape[1] - shown.sum(1)[:, None]
+        return library.where(missing, -1, library.take_along_axis(ids, order, axis=1))
+
+    def repeated(self, copies: int) -> Texts:
+        """Every row several times, side by side."""
+        if copies == 1:
+            return self
+        past = self.past
+        if past is not None:
+            keys, values = jax.tree.map(
+                lambda x: jnp.repeat(x, copies, axis=0), (past.keys, past.values)
+            )
+            past = Cache(keys, values, past.length)
+        ids, shown = (self.library.repeat(x, copies, axis=0) for x in self[:2])
+        return Texts(ids, shown, past, self.rows * copies)
+
+    def guided(self, negative: Any, negative_shown: Any) -> Texts:
+        """With rows of the same texts without their prompt, or with a negative one in its place."""
+        library, (ids, shown) = self.library, self[:2]
+        if negative is None:
+            negative = self.compact()[:, -1:]
+            negative_shown = negative >= 0
+        width = max(ids.shape[1], negative.shape[1])
+
+        def wide(values: Any) -> Any:
+            return library.pad(values, ((0, 0), (width - values.shape[1], 0)))
+
+        every = library.concatenate([wide(ids), wide(negative)])
+        every_shown = library.concatenate([wide(shown), wide(negative_shown)])
+        return self._replace(ids=every, shown=every_shown, widened=width - ids.shape[1])
+
+
+def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
+    """Check and settle a call.
+
+    Raises:
+        ValueError: a bad option or prompt, or no room for the tokens asked for.
+    """
+    config: OPTConfig = model.config
+    asked = (call.generation_config or model.generation_config).merged(**options)
+    params = model.params if call.params is None else call.params
+    strategy = _strategy(asked, call.assistant_model, config)
+    drafts = 0
+    if strategy is Strategy.ASSISTED:
+        drafts = asked.prompt_lookup_num_tokens or asked.num_assistant_tokens
+    texts = _texts(call, asked, config)
+    planned = _planned(asked, config, texts, drafts)
+    if asked.num_beams == 1:
+        texts = texts.repeated(asked.num_return_sequences)
+    if asked.is_guided:
+        texts = _with_guidance(call, asked, config, texts)
+        planned = _planned(asked, config, texts, drafts)
+    elif call.negative_prompt_ids is not None:
+        raise arguments.unused_negative_prompt()
+    program = _program(model, asked, planned, strategy, drafts)
+    kind = jnp.promote_types(model.module.dtype, np.float32)
+    rows = texts.rows * (program.beams // program.groups)
+    functions = functions_of(
+        call.prefix_allowed_tokens_fn,
+        call.logits_processor,
+        call.stopping_criteria,
+        scores=jax.ShapeDtypeStruct((rows, config.vocab_size), kind),
+        texts=texts.rows * (program.candidates if program.beams > 1 else 1),
+        width=program.width,
+    )
+    program = replace(program, functions=functions)
+    if call.assistant_model is not None:
+        program = _assisted(program, call.assistant_model, planned)
+        params = (params, call.assistant_model.params)
+    numbers = _asked(asked, planned, config, program, texts, call.tokenizer)
+    begun = _begun(asked, planned, program, texts, numbers, call.tokenizer)
+    run = Run(program, params, asked, planned, begun, numbers, texts, call.input_ids)
+    if run.is_traced and asked.do_sample and asked.seed is None:
+        raise ValueError(
+            "inside a compiled program fresh entropy would be the same at every call; "
+            "give a seed, or call generate outside of jax.jit"
+        )
+    return run
+
+
+def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
+    ids = _prompt(config, call.input_ids, asked)
+    shown = _shown(ids, call.attention_mask, asked.padding_id)
+    past = Cache.of(call.past_key_values, config.num_hidden_layers)
+    if past is not None:
+        if is_traced(past.length):
+            raise ValueError(
+                "past_key_values of a program that is being compiled have no known length; "
+                "call generate outside of jax.jit"
+            )
+        held = int(past.length)
+        arguments.check_past(held, len(past.keys[0]), tuple(ids.shape))
+        for option, conflicts in (
+            ("guidance_scale", asked.is_guided),
+            ("penalty_alpha", bool(asked.penalty_alpha)),
+            ("use_cache=False", not asked.use_cache),
+        ):
+            if conflicts:
+                raise arguments.past_without(option)
+        if not is_traced(shown) and not (real := shown[:, held:].any(1)).all():
+            raise arguments.past_holds_row(int(real.argmin()))
+        past = past if held else None
+    return Texts(ids, shown, past, len(ids))
+
+
+def _with_guidance(call: Call, asked: GenerationConfig, config: OPTConfig, texts: Texts) -> Texts:
+    if call.negative_prompt_ids is None:
+        return texts.guided(None, None)
+    ids = _prompt(config, call.negative_prompt_ids, asked)
+    copies = asked.num_return_sequences if asked.num_beams == 1 else 1
+    arguments.check_negative_prompt(tuple(ids.shape), texts.rows // copies)
+    shown = _shown(ids, call.negative_prompt_attention_mask, asked.padding_id)
+    library = jnp if is_traced(ids) or is_traced(shown) else np
+    return texts.guided(*(library.repeat(x, copies, axis=0) for x in (ids, shown)))
+
+
+def _strategy(asked: GenerationConfig, assistant: Any, config: OPTConfig) -> Strategy:
+    if assistant is None:
+        return asked.strategy
+    arguments.check_assistant(asked.strategy.value, config.vocab_size, assistant.config.vocab_size)
+    if not asked.use_cache:
+        raise arguments.assistant_needs("use_cache", "True")
+    if asked.is_guided:
+        raise arguments.assistant_needs("guidance_scale", "1")
+    return Strategy.ASSISTED
+
+
+def _planned(asked: GenerationConfig, config: OPTConfig, texts: Texts, drafts: int) -> Plan:
+    rows, P = texts.ids.shape
+    lengths = [P] * rows if is_traced(texts.shown) else texts.shown.sum(1).tolist()
+    if texts.widened:
+        # Lengths that count columns do not count those that guidance has put before them.
+        asked = copy.copy(asked)
+        for name in ("max_length", "min_length"):
+            if (length := getattr(asked, name)) is not None:
+                setattr(asked, name, length + texts.widened)
+    planned = plan(asked, config, prompt_length=P, row_lengths=lengths, drafts=drafts)
+    if not asked.use_cache:
+        return planned._replace(prompt_room=planned.width)
+    if texts.held:
+        # The same few sizes for what is left to feed, and room for it behind what is held.
+        room = prompt_room(P - texts.held)
+        capacity = max(planned.capacity, bucket(texts.held + room))
+        return planned._replace(capacity=capacity, prompt_room=room)
+    return planned
+
+
+def _program(
+    model: Any, asked: GenerationConfig, planned: Plan, strategy: Strategy, drafts: int
+) -> Program:
+    beams, groups = asked.num_beams, asked.num_beam_groups
+    candidates = max(2, 1 + len(asked.stops)) * (beams // groups)
+    if strategy is Strategy.CONTRASTIVE:
+        candidates = min(asked.top_k or 0, model.config.vocab_size)
+    return Program(
+        model.module,
+        parts_of(model.module),
+        strategy,
+        planned.width,
+        planned.capacity,
+        planned.prompt_room,
+        asked.do_sample,
+        asked.use_cache,
+        beams,
+        groups,
+        candidates if beams > 1 or strategy is Strategy.CONTRASTIVE else 0,
+        drafts,
+        asked.num_return_sequences if beams > 1 else 1,
+    )
+
+
+def _assisted(program: Program, assistant: Any, planned: Plan) -> Program:
+    """With an assistant, which is fed the whole prompt whatever the model's cache holds."""
+    module, room = assistant.module, prompt_room(planned.prompt_length)
+    drafting = replace(program, module=module, parts=parts_of(module), prompt_room=room)
+    return replace(program, assistant=drafting)
+
+
+def _asked(
+    asked: GenerationConfig,
+    planned: Plan,
+    config: OPTConfig,
+    program: Program,
+    texts: Texts,
+    tokenizer: Any,
+) -> Asked:
+    V, P = config.vocab_size, planned.prompt_length
+    stops: Any = np.full(max(1, -(-len(asked.stops) // _STOPS)) * _STOPS, V, np.int32)
+    stops[: len(asked.stops)] = asked.stops
+    known = V if tokenizer is None else min(V, len(tokenizer))
+    numbers = given(asked, planned, vocab_size=V, known=known)
+    wanted = not program.keeps_cache or bool(program.functions.all)
+    result = Asked(
+        stops=stops,
+        fill=whole(asked.fill),
+        first=whole(P),
+        end=whole(P + planned.max_new_tokens),
+        row=whole(0),
+        given={name: tuple(map(_narrow, arrays)) for name, arrays in numbers.items()},
+        uniforms=_drawn(asked, planned, texts.rows, program) if asked.do_sample else None,
+        guidance=_real(asked.guidance_scale) if asked.is_guided else None,
+        prompt=_wide(texts, planned.width, asked.fill) if wanted else None,
+    )
+    if asked.stop_strings is not None:
+        table: Any = _table(asked, tokenizer, V).after
+        result = result._replace(table=table)
+    if asked.num_beams > 1:
+        early = whole(_EARLY[asked.early_stopping])
+        result = result._replace(ranking=(early, _real(asked.length_penalty)))
+    if asked.penalty_alpha:
+        result = result._replace(alpha=_real(asked.penalty_alpha))
+    if asked.prompt_lookup_num_tokens and program.assistant is None:
+        result = result._replace(matching=whole(asked.max_matching_ngram_size or 2))
+    return result
+
+
+def _drawn(asked: GenerationConfig, planned: Plan, rows: int, program: Program) -> Any:
+    """float32 `[rows, W, draws, 2]`."""
+    draws = program.candidates if program.beams > 1 else 1
+    result = np.zeros((rows, planned.width, draws, 2), np.float32)
+    steps = planned.max_new_tokens
+    result[:, :steps] = parts(uniforms(asked.seed, rows, steps, draws))
+    return result
+
+
+def _table(asked: GenerationConfig, tokenizer: Any, vocab_size: int) -> StopTable:
+    if tokenizer is None:
+        raise arguments.missing_tokenizer()
+    strings = asked.stop_strings or []
+    return StopTable.of([strings] if isinstance(strings, str) else strings, tokenizer, vocab_size)
+
+
+def _begun(
+    asked: GenerationConfig,
+    planned: Plan,
+    program: Program,
+    texts: Texts,
+    numbers: Asked,
+    tokenizer: Any,
+) -> Begun:
+    library, held, P = texts.library, texts.held, planned.prompt_length
+    tokens = texts.compact()
+    matched = np.zeros(texts.rows, np.int32)
+    if numbers.table is not None:
+        if library is jnp:
+            raise ValueError("stop_strings need the prompt's values; call it outside of jax.jit")
+        table = _table(asked, tokenizer, numbers.table.shape[1])
+        matched[:] = [table.start(row[row >= 0].tolist()) for row in tokens]
+    ids = texts.ids[:, held:]
+    rest = ((0, 0), (0, max(0, planned.prompt_room - ids.shape[1])))
+    behind = ((0, 0), (0, planned.width - P))
+    return Begun(
+        ids=library.pad(ids, rest),
+        shown=library.pad(texts.shown, ((0, 0), (0, planned.capacity - P))),
+        tokens=library.pad(tokens, behind, constant_values=asked.fill).astype(np.int32),
+        matched=matched,
+        past=texts.past,
+    )
+
+
+def _wide(texts: Texts, width: int, fill: int) -> Any:
+    """Prompts as given, filled up: int32 `[R, W]`."""
+    rest = ((0, 0), (0, width - texts.ids.shape[1]))
+    return texts.library.pad(texts.ids, rest, constant_values=fill)
+
+
+def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> Any:
+    """int32 `[B, P]`, on the host where its values are known."""
+    if input_ids is None:
+        if generation.bos_token_id is None:
+            raise arguments.missing_prompt()
+        return np.array([[generation.bos_token_id]], np.int32)
+    ids = input_ids if is_traced(input_ids) else np.asarray(input_ids)
+    arguments.check_prompt(told(ids))
+    return checked_ids(config, ids).astype(np.int32)
+
+
+def _shown(prompt: Any, mask: Any, padding: int | None) -> Any:
+    """Bool `[B, P]`, where real tokens are."""
+    if mask is None:
+        return prompt == prompt if padding is None else prompt != padding
+    mask = mask if is_traced(mask) else np.asarray(mask)
+    arguments.check_prompt_mask(tuple(mask.shape), tuple(prompt.shape))
+    return mask != 0
+
+
+def whole(number: int) -> Any:
+    """A number as programs take it."""
+    return np.int32(number)
+
+
+def _real(number: Any) -> Any:
+    return np.float32(number)
+
+
+def _narrow(array: Any) -> Any:
+    return array.astype(np.float32) if array.dtype == np.float64 else array

@@ -417,7 +417,7 @@ def test_lengths_are_checked_before_anything_is_computed(
 
 
 @pytest.mark.parametrize(
-    "option", [{"num_beams": 4}, {"penalty_alpha": 0.6}, {"no_repeat_ngram_size": 2}]
+    "option", [{"max_time": 1.0}, {"dola_layers": "high"}, {"cache_implementation": "static"}]
 )
 def test_options_of_generation_that_are_not_honoured_raise(
     model: OPTForCausalLM, option: dict[str, Any]
@@ -426,7 +426,62 @@ def test_options_of_generation_that_are_not_honoured_raise(
         model.generate(IDS, **option)
     with pytest.raises(ValueError, match="no generation option 'temprature'; did you mean 'temp"):
         model.generate(IDS, temprature=0.5)
-    assert new(model, IDS, num_beams=1, penalty_alpha=None) == new(model, IDS)
+    assert new(model, IDS, max_time=None, token_healing=False) == new(model, IDS)
+
+
+def test_options_that_contradict_each_other_raise(model: OPTForCausalLM) -> None:
+    with pytest.raises(ValueError, match="num_beams is above 1 and penalty_alpha asks for"):
+        model.generate(IDS, num_beams=2, penalty_alpha=0.6, top_k=4)
+
+
+def test_rules_that_look_back_see_no_padding(model: OPTForCausalLM) -> None:
+    rules = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    padded = torch.cat([torch.ones_like(IDS), IDS], dim=1)
+    assert new(model, padded, attention_mask=(padded != 1).long(), **rules) == new(
+        model, IDS, **rules
+    )
+
+
+def test_a_bias_holds_where_it_needs_the_whole_text(model: OPTForCausalLM) -> None:
+    bias = [[[5, 9], 100.0]]
+    assert new(model, torch.tensor([[5]]), sequence_bias=bias)[0][0] == 9
+
+
+def test_words_of_the_prompt_are_forced_all_the_same(model: OPTForCausalLM) -> None:
+    word = IDS[0, 1:3].tolist()
+    rows = new(model, IDS[:1], num_beams=3, force_words_ids=[word])
+    assert word in [rows[0][place : place + 2] for place in range(4)]
+
+
+def test_a_text_of_a_batch_is_searched_as_it_is_alone(model: OPTForCausalLM) -> None:
+    options = {"num_beams": 3, "eos_token_id": list(range(5, 15)), "max_new_tokens": 8}
+    both = new(model, IDS, **options)
+    for row in range(2):
+        alone = new(model, IDS[row : row + 1], **options)[0]
+        assert both[row] == alone + [1] * (len(both[row]) - len(alone))
+
+
+def test_drafts_change_no_token(model: OPTForCausalLM) -> None:
+    for sampling in ({}, {"do_sample": True, "seed": 3}):
+        plain = new(model, IDS, **sampling)
+        assert new(model, IDS, assistant_model=model, **sampling) == plain
+        assert new(model, IDS, prompt_lookup_num_tokens=3, **sampling) == plain
+
+
+def test_attentions_of_beams_belong_to_the_returned_sequences(model: OPTForCausalLM) -> None:
+    out = model.generate(
+        IDS,
+        num_beams=3,
+        max_new_tokens=4,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_attentions=True,
+    )
+    assert not isinstance(out, Tensor)
+    whole = model(out.sequences, output_attentions=True)
+    torch.testing.assert_close(
+        out.attentions[3][0][:, :, 0], whole.attentions[0][:, :, -2, :-1], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_idle_sampling_options_warn(model: OPTForCausalLM) -> None:

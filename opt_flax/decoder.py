@@ -96,6 +96,11 @@ class Cache:
         keys, values = jax.tree.map(lambda x: jnp.pad(x, rest), (self.keys, self.values))
         return Cache(keys, values, self.length)
 
+    def rows(self, chosen: Any) -> Cache:
+        """The same tokens of some rows."""
+        keys, values = jax.tree.map(lambda x: x[chosen], (self.keys, self.values))
+        return Cache(keys, values, self.length)
+
     def reshaped(self, *front: int) -> Cache:
         """The same buffers with other axes in front of `[S, D]`."""
         keys, values = jax.tree.map(

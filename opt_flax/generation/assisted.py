@@ -65,9 +65,7 @@ def row(run: Run, place: int) -> Run:
     """The same generation of one row alone."""
     one = slice(place, place + 1)
     begun, asked, texts, past = run.begun, run.asked, run.texts, run.texts.past
-    if past is not None:
-        keys, values = jax.tree.map(lambda x: x[one], (past.keys, past.values))
-        past = Cache(keys, values, past.length)
+    past = None if past is None else past.rows(one)
     drawn = None if asked.uniforms is None else asked.uniforms[one]
     prompt = None if asked.prompt is None else asked.prompt[one]
     return run._replace(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from opt_core.generation import BeamState
-from opt_flax.attention import Visible
+from opt_flax.attention import Visible, wide
 from opt_flax.decoder import Cache
 from opt_flax.generation import cuts
 from opt_flax.generation.cuts import Double
@@ -179,8 +179,7 @@ def select(program: Program, state: State, logits: Array, asked: Asked) -> tuple
 @jax.jit
 def log_probabilities(logits: Array, asked: Asked) -> Array:
     """What beams start from: `[R, K, V]` -> `[B, K, V]`."""
-    kind = jnp.promote_types(logits.dtype, jnp.float32)
-    return guided(jax.nn.log_softmax(logits.astype(kind)), asked)
+    return guided(jax.nn.log_softmax(logits.astype(wide(logits.dtype))), asked)
 
 
 def _group(state: State, beams: slice) -> Group:

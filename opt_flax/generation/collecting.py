@@ -141,9 +141,7 @@ def _passed_again(model: Any, run: Run, outcome: Outcome, result: Array) -> dict
     shown = np.asarray(run.texts.shown)[: run.texts.rows, run.texts.widened :][texts]
     mask = np.pad(shown, ((0, 0), (0, ids.shape[1] - P - 1)), constant_values=True)
     past = run.texts.past
-    if past is not None:
-        keys, kept = jax.tree.map(lambda x: x[texts], (past.keys, past.values))
-        past = Cache(keys, kept, past.length)
+    past = None if past is None else past.rows(texts)
     out = model(
         ids[:, held:-1],
         attention_mask=mask.astype(np.int32),

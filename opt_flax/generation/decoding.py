@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from opt_core.generation import DecodeState, Strategy
-from opt_flax.attention import Visible, choose
+from opt_flax.attention import Visible, choose, wide
 from opt_flax.decoder import Cache, positions_of
 from opt_flax.generation.cuts import draw, largest
 from opt_flax.generation.rules import Functions, Numbers, Text, chain, stopped
@@ -269,7 +269,7 @@ def guided(logits: Array, asked: Asked) -> Array:
     """The scores of B rows from those of R, which under guidance hold each text twice."""
     if asked.guidance is None:
         return logits
-    kind = jnp.promote_types(logits.dtype, jnp.float32)
+    kind = wide(logits.dtype)
     told, untold = jnp.split(jax.nn.log_softmax(logits.astype(kind)), 2)
     return asked.guidance.astype(kind) * (told - untold) + untold
 

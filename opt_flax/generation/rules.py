@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from opt_core import arguments
 from opt_core.generation import ORDER
+from opt_flax.attention import wide
 from opt_flax.generation.cuts import CUTS
 
 #: What the active rules take, by their names: see `opt_core.generation.ORDER`.
@@ -150,7 +151,7 @@ def chain(functions: Functions, scores: Array, text: Text, given: Numbers) -> Ar
 @partial(jax.jit, static_argnums=0)
 def ruled(names: tuple[str, ...], scores: Array, text: Text, given: Numbers) -> Array:
     """The scores after some rules, in float32 at least: `[n, V]` both ways."""
-    scores = scores.astype(np.promote_types(scores.dtype, np.float32))
+    scores = scores.astype(wide(scores.dtype))
     for name in names:
         arrays = [
             jnp.asarray(x, scores.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)

@@ -24,6 +24,7 @@ from opt_core.generation import (
     prompt_room,
     uniforms,
 )
+from opt_flax.attention import wide
 from opt_flax.decoder import Cache, is_traced
 from opt_flax.generation.cuts import parts
 from opt_flax.generation.decoding import Asked, Begun, Program
@@ -32,6 +33,8 @@ from opt_flax.models.inputs import checked_ids, parts_of, told
 
 #: Lists of stop tokens are rounded up to multiples of this, so that programs are reused.
 _STOPS = 8
+#: A number as programs take it.
+_REAL: Any = np.float32
 #: `early_stopping` as a number.
 _EARLY = {False: 0, True: 1, "never": 2}
 
@@ -114,16 +117,17 @@ class Texts(NamedTuple):
         missing = columns < ids.shape[1] - shown.sum(1)[:, None]
         return library.where(missing, -1, library.take_along_axis(ids, order, axis=1))
 
+    def filled(self, width: int, fill: int) -> Any:
+        """All rows as given, filled up: int32 `[R, W]`."""
+        rest = ((0, 0), (0, width - self.ids.shape[1]))
+        return self.library.pad(self.ids, rest, constant_values=fill)
+
     def repeated(self, copies: int) -> Texts:
         """Every row several times, side by side."""
         if copies == 1:
             return self
-        past = self.past
-        if past is not None:
-            keys, values = jax.tree.map(
-                lambda x: jnp.repeat(x, copies, axis=0), (past.keys, past.values)
-            )
-            past = Cache(keys, values, past.length)
+        rows = np.repeat(np.arange(self.rows), copies)
+        past = None if self.past is None else self.past.rows(rows)
         ids, shown = (self.library.repeat(x, copies, axis=0) for x in self[:2])
         return Texts(ids, shown, past, self.rows * copies)
 
@@ -166,13 +170,12 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
     elif call.negative_prompt_ids is not None:
         raise arguments.unused_negative_prompt()
     program = _program(model, asked, planned, strategy, drafts)
-    kind = jnp.promote_types(model.module.dtype, np.float32)
     rows = texts.rows * (program.beams // program.groups)
     functions = functions_of(
         call.prefix_allowed_tokens_fn,
         call.logits_processor,
         call.stopping_criteria,
-        scores=jax.ShapeDtypeStruct((rows, config.vocab_size), kind),
+        scores=jax.ShapeDtypeStruct((rows, config.vocab_size), wide(model.module.dtype)),
         texts=texts.rows * (program.candidates if program.beams > 1 else 1),
         width=program.width,
     )
@@ -311,17 +314,17 @@ def _asked(
         row=whole(0),
         given={name: tuple(map(_narrow, arrays)) for name, arrays in numbers.items()},
         uniforms=_drawn(asked, planned, texts.rows, program) if asked.do_sample else None,
-        guidance=_real(asked.guidance_scale) if asked.is_guided else None,
-        prompt=_wide(texts, planned.width, asked.fill) if wanted else None,
+        guidance=_REAL(asked.guidance_scale) if asked.is_guided else None,
+        prompt=texts.filled(planned.width, asked.fill) if wanted else None,
     )
     if asked.stop_strings is not None:
         table: Any = _table(asked, tokenizer, V).after
         result = result._replace(table=table)
     if asked.num_beams > 1:
         early = whole(_EARLY[asked.early_stopping])
-        result = result._replace(ranking=(early, _real(asked.length_penalty)))
+        result = result._replace(ranking=(early, _REAL(asked.length_penalty)))
     if asked.penalty_alpha:
-        result = result._replace(alpha=_real(asked.penalty_alpha))
+        result = result._replace(alpha=_REAL(asked.penalty_alpha))
     if asked.prompt_lookup_num_tokens and program.assistant is None:
         result = result._replace(matching=whole(asked.max_matching_ngram_size or 2))
     return result
@@ -371,12 +374,6 @@ def _begun(
     )
 
 
-def _wide(texts: Texts, width: int, fill: int) -> Any:
-    """Prompts as given, filled up: int32 `[R, W]`."""
-    rest = ((0, 0), (0, width - texts.ids.shape[1]))
-    return texts.library.pad(texts.ids, rest, constant_values=fill)
-
-
 def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> Any:
     """int32 `[B, P]`, on the host where its values are known."""
     if input_ids is None:
@@ -400,10 +397,6 @@ def _shown(prompt: Any, mask: Any, padding: int | None) -> Any:
 def whole(number: int) -> Any:
     """A number as programs take it."""
     return np.int32(number)
-
-
-def _real(number: Any) -> Any:
-    return np.float32(number)
 
 
 def _narrow(array: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,9 @@ from opt_torch.generation.setup import FixedPass, Run
 from opt_torch.linear import linear
 
 State = DecodeState[Tensor, Cache]
+
+#: So many sets of shapes may have programs, where PyTorch takes a limit; its own is 8.
+_PROGRAMS = 256
 
 
 def states(run: Run, notes: Notes) -> Iterator[State]:
@@ -239,7 +243,9 @@ def fixed_pass(
 @lru_cache(maxsize=8)
 def compiled(backend: str) -> FixedPass:
     """`fixed_pass` by a backend of `torch.compile`: one program for each set of shapes."""
-    return torch.compile(fixed_pass, backend=backend, fullgraph=True, dynamic=False)
+    known = signature(torch.compile).parameters
+    more: dict[str, Any] = {"recompile_limit": _PROGRAMS} if "recompile_limit" in known else {}
+    return torch.compile(fixed_pass, backend=backend, fullgraph=True, dynamic=False, **more)
 
 
 def last(hidden: Tensor, shown: Tensor | None) -> Tensor:

@@ -187,6 +187,13 @@ def test_a_word_that_may_not_be_chosen_is_not_forced() -> None:
     assert all(np.isfinite(text.score) for text in found)
 
 
+def test_each_way_to_go_on_with_a_word_is_tried() -> None:
+    # transformers forgets all but the first where several phrases begin alike.
+    scores = np.tile(np.log([0.9, 0.02, 0.01, 0.001, 0.03, 0.01, 0.01, 0.01, 0.009]), (2, 1))
+    found = search(scores, [[[2, 3], [2, 4]]]).results(3)
+    assert found[0].tokens == [2, 4]
+
+
 def test_the_first_stop_token_stands_for_all() -> None:
     found = search(LIKELY_STOP, [[1]], [8, STOP], length_penalty=0.0).results(1)
     assert found[0].tokens == [1, 8]

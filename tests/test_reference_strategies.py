@@ -181,6 +181,12 @@ def test_fewer_sequences_than_asked_for_are_filled() -> None:
     assert np.isneginf(found.sequences_scores).tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("word", [3, 5, 4])
+def test_a_word_of_the_prompt_is_forced_all_the_same(word: int) -> None:
+    options = {**WORDS, "num_return_sequences": 1, "force_words_ids": [[word]]}
+    assert word in new(record(PROMPT, **options))[0]
+
+
 # Contrastive search
 
 

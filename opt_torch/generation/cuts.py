@@ -8,6 +8,10 @@ from torch import Tensor
 from opt_torch.generation.rules import Seen
 
 
+#: Where so many of the best tokens hold the mass that is kept, the others need no order.
+_RANKED = 512
+
+
 def temperature(scores: Tensor, _: Seen, value: float) -> Tensor:
     """Flatter above 1, sharper below."""
     return scores if value == 1 else scores / value
@@ -25,10 +29,18 @@ def top_p(scores: Tensor, _: Seen, mass: float, kept: int) -> Tensor:
     """The smallest set of best tokens with this mass (1904.09751)."""
     if mass >= 1:
         return scores
-    # Best first, of equals the lowest id; the sum of a token and all that are no better runs back.
-    ranked, order = scores.sort(dim=1, descending=True, stable=True)
-    up_to = ranked.softmax(1).flip(1).cumsum(1).flip(1)
-    return _without(scores, up_to <= 1 - mass, order, kept)
+    ranked, order = best(scores, _RANKED)
+    whole = scores.logsumexp(1, keepdim=True)
+    rest = 1 - (ranked - whole).exp().sum(1, keepdim=True)
+    if bool((rest > 1 - mass).any()):
+        ranked, order = scores.sort(dim=1, descending=True, stable=True)
+        rest = torch.zeros_like(rest)
+    # The sum of a token and all that are no better runs back.
+    up_to = (ranked - whole).exp().flip(1).cumsum(1).flip(1) + rest
+    dropped = up_to <= 1 - mass
+    dropped[:, :kept] = False
+    cut = torch.full_like(scores, -torch.inf)
+    return cut.scatter(1, order, ranked.masked_fill(dropped, -torch.inf))
 
 
 def min_p(scores: Tensor, _: Seen, share: float, kept: int) -> Tensor:
@@ -110,12 +122,12 @@ def draw_several(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
     What is drawn weighs nothing in the draws after it.
     """
-    weights = (scores - scores.amax(1, keepdim=True)).exp().nan_to_num(0.0)
     # Cuts leave few of the many: only columns that weigh something in a row are summed.
-    columns = weights.amax(0).nonzero()[:, 0]
+    columns = (scores > -torch.inf).any(0).nonzero()[:, 0]
     if not columns.numel():
-        columns = weights.new_zeros(1, dtype=torch.long)
-    weights = weights[:, columns]
+        columns = columns.new_zeros(1)
+    weights = scores[:, columns]
+    weights = (weights - weights.amax(1, keepdim=True)).exp().nan_to_num(0.0)
     places, real = [], []
     for uniform in uniforms.unbind(1):
         place = _drawn(weights, uniform)[:, None]

@@ -79,7 +79,8 @@ def step(run: Run, state: State) -> tuple[State, Tensor]:
         shown = None if run.prompt.shown is None else state.mask[:, :length]
         hidden, _ = whole_pass(run, ids, shown, state.cache)
         return state, logits(run, last(hidden, shown))
-    newest = state.tokens[:, length - 1, None].repeat(rows, 1)  # [R, 1]
+    newest = state.tokens[:, length - 1, None]
+    newest = newest if rows == 1 else newest.repeat(rows, 1)  # [R, 1]
     mask = state.mask if run.prompt.shown is not None or run.program is not None else None
     hidden, cache = advance(run, state.cache, newest, state.positions[:, None], mask)
     state = state._replace(cache=cache, positions=state.positions + 1)

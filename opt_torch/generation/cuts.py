@@ -7,7 +7,6 @@ from torch import Tensor
 
 from opt_torch.generation.rules import Seen
 
-
 #: Where so many of the best tokens hold the mass that is kept, the others need no order.
 _RANKED = 512
 
@@ -66,15 +65,15 @@ def typical_p(scores: Tensor, _: Seen, mass: float, kept: int) -> Tensor:
 
 
 def epsilon_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
-    """The tokens of at least this probability (2210.15191)."""
-    return _but_the_best(scores, scores.softmax(1) < least, kept)
+    """The tokens of at least this probability (2210.15191), and all that tie with the last kept."""
+    return _but_ties_with_the_best(scores, scores.softmax(1) < least, kept)
 
 
 def eta_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
     """As `epsilon_cutoff`, but lower where the entropy is high (2210.15191)."""
     log_probability = scores.log_softmax(1)
     eta = (least**0.5 * (-_entropy(log_probability)).exp()).clamp(max=least)
-    return _but_the_best(scores, log_probability.exp() < eta[:, None], kept)
+    return _but_ties_with_the_best(scores, log_probability.exp() < eta[:, None], kept)
 
 
 def renormalize_logits(scores: Tensor, _: Seen) -> Tensor:
@@ -96,6 +95,11 @@ def _without(scores: Tensor, dropped: Tensor, order: Tensor, kept: int) -> Tenso
 def _but_the_best(scores: Tensor, dropped: Tensor, kept: int) -> Tensor:
     _, places = best(scores, kept)
     return scores.masked_fill(dropped.scatter(1, places, False), -torch.inf)
+
+
+def _but_ties_with_the_best(scores: Tensor, dropped: Tensor, kept: int) -> Tensor:
+    least = scores.topk(min(kept, scores.shape[1])).values[:, -1:]
+    return scores.masked_fill(dropped & (scores < least), -torch.inf)
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ def _settle(
         groups.append(settled)
         all_ruled.append(ruled.view(B, k, -1))
         rivals = torch.cat((rivals, settled.taken), dim=1)
-    ruled = torch.cat(all_ruled, dim=1)  # [B, K, V]
+    ruled = all_ruled[0] if k == K else torch.cat(all_ruled, dim=1)  # [B, K, V]
     notes.add(scores[: B * K], ruled.flatten(0, 1))
     wrong = wrong | ruled.amax(2).isnan()
     joined = [torch.cat(parts, dim=1) for parts in zip(*(g.pool for g in groups), strict=True)]

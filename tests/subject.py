@@ -22,12 +22,14 @@ STD = 0.3
 class Subject:
     """A tiny model of a wing, and the weights that the reference computes with."""
 
-    def __init__(self, wing: Wing, seed: int = 0, **changes: Any) -> None:
+    def __init__(self, wing: Wing, seed: int = 0, *, lightly: bool = False, **changes: Any) -> None:
         self.wing, self.config = wing, tiny(**changes)
+        self._options = wing.lightly if lightly else {}
         self.weights: Arrays = random_weights(self.config, Head.CAUSAL_LM, seed, std=STD)
         self.model = wing.build(Head.CAUSAL_LM, self.config, self.weights)
 
     def generate(self, ids: Any, mask: Any = None, **options: Any) -> Any:
+        options = {**self._options, **options}
         return self.wing.generate(self.model, ids, attention_mask=mask, **options)
 
     def reference(self, ids: Any, mask: Any = None, **options: Any) -> Generated:

@@ -29,7 +29,7 @@ BIAS = 3.0
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
-    return Subject(wing)
+    return Subject(wing, lightly=True)
 
 
 @pytest.fixture(params=["on the host", "traced"])

@@ -35,7 +35,7 @@ WHOLE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
-    return Subject(wing)
+    return Subject(wing, lightly=True)
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)

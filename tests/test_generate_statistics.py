@@ -31,7 +31,7 @@ PROMPT = words(1, 4)
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
-    return Subject(wing)
+    return Subject(wing, lightly=True)
 
 
 def probabilities(subject: Subject, texts: Any, **options: Any) -> Any:

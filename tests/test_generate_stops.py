@@ -29,7 +29,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
-    return Subject(wing, vocab_size=len(VOCABULARY), max_position_embeddings=64)
+    return Subject(wing, lightly=True, vocab_size=len(VOCABULARY), max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class Wing(ABC):
     fused: str | None = None
     #: Whether the functions of a call of `generate` can be traced into its programs.
     traces: bool = False
+    #: Options by which `generate` starts sooner and computes the same, where compiling is slow.
+    lightly: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def model_class(self, head: Head) -> Any:

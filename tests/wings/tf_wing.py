@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +24,8 @@ class TfWing(Wing):
 
     name = "tf"
     traces = True
+    # The same graph without XLA: a third of the time.
+    lightly = MappingProxyType({"compiled": False})
 
     def limit_threads(self) -> None:
         # TensorFlow settles its threads when it first computes; what comes later is too late.

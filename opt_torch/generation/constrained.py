@@ -90,42 +90,37 @@ def _ends(run: Run, state: Beams, row: int, sums: Tensor) -> Callable[[int, int]
 
 
 def _candidates(running: list[list[Candidate]], device: torch.device) -> Candidates:
-    scores, places, tokens = (
-        torch.tensor([[getattr(one, name) for one in row] for row in running], device=device)
-        for name in ("score", "beam", "token")
+    def table(name: str, dtype: torch.dtype) -> Tensor:
+        values = [[getattr(one, name) for one in row] for row in running]
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return Candidates(
+        table("score", torch.float64), table("beam", torch.long), table("token", torch.long)
     )
-    return Candidates(scores.double(), places, tokens)
 
 
 def _found(run: Run, state: Beams, texts: list[ForcedWords]) -> Found:
     """The results of all texts, in the form of a pool."""
-    count, fill = run.asked.num_return_sequences, run.asked.fill
+    found = [one for row, text in enumerate(texts) for one in _results(run, row, text)]
     P, N, K = run.plan.prompt_length, run.plan.max_new_tokens, run.asked.num_beams
-    nothing = Hypothesis(-torch.inf, [], [], True)
-    found = []
-    for row, text in enumerate(texts):
-        best_ones = text.results(count)
-        if not best_ones:
-            raise arguments.no_token_left(int((run.prompt.text[row] >= 0).sum()))
-        found.append(best_ones + [nothing] * (count - len(best_ones)))
-
-    def filled(values: list[int], value: int) -> list[int]:
-        return [0] * P + values + [value] * (N - len(values))
-
-    def table(rows: list[list[list[int]]]) -> Tensor:
-        return torch.tensor(rows, device=state.tokens.device)
-
-    tokens = table([[filled(one.tokens, fill) for one in row] for row in found])
     # Token i was fed as beam path[i + 1] of step i.
-    slots = table(
-        [
-            [filled([P + i * K + b for i, b in enumerate(one.path[1:])], 0) for one in row]
-            for row in found
-        ]
-    )
-    lengths = torch.tensor([[len(one.tokens) for one in row] for row in found], device=slots.device)
-    scores = torch.tensor([[one.score for one in row] for row in found], device=slots.device)
+    slots = [[P + i * K + beam for i, beam in enumerate(one.path[1:])] for one in found]
+
+    def table(rows: list[list[int]], fill: int) -> Tensor:
+        filled = [[0] * P + row + [fill] * (N - len(row)) for row in rows]
+        return torch.tensor(filled, device=state.tokens.device).view(len(texts), -1, P + N)
+
+    tokens = table([one.tokens for one in found], run.asked.fill).to(state.tokens.dtype)
+    scores = state.scores.new_tensor([one.score for one in found]).view(len(texts), -1)
+    lengths = state.slots.new_tensor([len(one.tokens) for one in found]).view(len(texts), -1)
     first = torch.zeros_like(lengths)
-    return beams.gathered(
-        run, state, tokens.to(state.tokens.dtype), scores.double(), lengths, slots, first
-    )
+    return beams.gathered(run, state, tokens, scores, lengths, table(slots, 0), first)
+
+
+def _results(run: Run, row: int, text: ForcedWords) -> list[Hypothesis]:
+    """What a text has found; as many as are returned, the last ones empty where fewer exist."""
+    count = run.asked.num_return_sequences
+    found = text.results(count)
+    if not found:
+        raise arguments.no_token_left(int((run.prompt.text[row] >= 0).sum()))
+    return found + [Hypothesis(-torch.inf, [], [], True)] * (count - len(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -86,21 +86,17 @@ class Cache(tf.experimental.ExtensionType):
     def fixed(self, capacity: int) -> Cache:
         """This growing cache in fixed shapes, with room for `capacity` tokens."""
         room = [[0, 0], [0, 0], [0, capacity - self.capacity], [0, 0]]
-        keys = tuple(tf.pad(key, room) for key in self.keys)
-        values = tuple(tf.pad(value, room) for value in self.values)
-        return Cache(keys, values, tf.cast(self.length, tf.int32))
+        return self.mapped(lambda x: tf.pad(x, room), tf.cast(self.length, tf.int32))
 
     def counted(self) -> Cache:
         """The cache as it reads outside a compiled program: the tokens held, and no more."""
         if self.held is None:
             return self
-        keys = tuple(key[:, :, : self.held] for key in self.keys)
-        return Cache(keys, tuple(value[:, :, : self.held] for value in self.values))
+        return self.mapped(lambda x: x[:, :, : self.held])
 
-    def rows(self, chosen: slice) -> Cache:
-        """The cache of some rows alone."""
-        keys, values = (tuple(room[chosen] for room in rooms) for rooms in (self.keys, self.values))
-        return Cache(keys, values, self.held)
+    def mapped(self, change: Callable[[Tensor], Tensor], held: Tensor | None = None) -> Cache:
+        """The cache with every tensor of keys or values changed alike, in which `held` count."""
+        return Cache(tuple(map(change, self.keys)), tuple(map(change, self.values)), held)
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of one layer that a call may look at, its own `k` and `v` among them.

@@ -9,20 +9,10 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_tf.decoder import Cache, positions_of
-from opt_tf.generation.decoding import (
-    SOUND,
-    Carried,
-    Found,
-    Net,
-    Plain,
-    Programs,
-    Run,
-    State,
-    chosen_of,
-    select,
-    text_of,
-)
-from opt_tf.generation.rules import ruled
+from opt_tf.generation.collecting import Carried, Found, beside
+from opt_tf.generation.cuts import SOUND, chosen_of
+from opt_tf.generation.decoding import Net, Plain, Programs, Run, State, select
+from opt_tf.generation.rules import ruled, text_of
 from opt_tf.generation.setup import Made, Told
 
 
@@ -77,23 +67,9 @@ class Assisted(Run):
 
         return Found(
             tf.concat([filled(one.tokens) for one in found], axis=0),
-            lambda: beside([one.cache() for one in found]),
+            lambda: beside([cache for one in found if (cache := one.cache()) is not None]),
             tf.range(len(found)),
         )
-
-
-def beside(caches: list[Cache | None]) -> Cache | None:
-    """The caches of several rows in one; what a shorter one lacks is zero."""
-    held = [cache for cache in caches if cache is not None]
-    longest = max(cache.get_seq_length() for cache in held)
-
-    def joined(rooms: tuple[Tensor, ...]) -> Tensor:
-        padded = [tf.pad(r, [[0, 0], [0, 0], [0, longest - r.shape[2]], [0, 0]]) for r in rooms]
-        return tf.concat(padded, axis=0)
-
-    keys = tuple(map(joined, zip(*(cache.keys for cache in held), strict=True)))
-    values = tuple(map(joined, zip(*(cache.values for cache in held), strict=True)))
-    return Cache(keys, values)
 
 
 class _Row(Plain):
@@ -128,8 +104,8 @@ class _Row(Plain):
         assistant = self.setup.assistant
         drafter = None if assistant is None else Programs.of(assistant)
         program = self.program(loop, drafter, self.setup.made)
-        carried = program(carried, self.told, end, tf.constant(count))
-        return carried
+        result: Carried = program(carried, self.told, end, tf.constant(count))
+        return result
 
 
 def loop(
@@ -176,7 +152,7 @@ def drafted(
         hidden, other = _fed(drafter, tokens, columns, shown, other, told)
         scores = drafter.scores(hidden[:, 1])
         changed = ruled(scores, text_of(tokens, n + i, told), told.rules, made.functions)
-        chosen = chosen_of(changed, n + i, told)
+        chosen = chosen_of(changed, told.uniforms, n + i)
         tokens = tf.where(tf.range(tokens.shape[1]) == n + i, chosen[:, None], tokens)
         return i + 1, tokens, other
 

@@ -11,21 +11,10 @@ from tensorflow import Tensor
 
 from opt_core.generation import BeamState
 from opt_tf.decoder import Cache
-from opt_tf.generation.cuts import best, draw_several
-from opt_tf.generation.decoding import (
-    NAN,
-    NOTHING,
-    SOUND,
-    Carried,
-    Found,
-    Net,
-    Run,
-    after,
-    guided,
-    parted,
-    text_of,
-)
-from opt_tf.generation.rules import is_met, ruled
+from opt_tf.generation.collecting import Carried, Found, of_beams
+from opt_tf.generation.cuts import NAN, NOTHING, SOUND, best, draw_several
+from opt_tf.generation.decoding import Net, Run
+from opt_tf.generation.rules import after, guided, is_met, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
 
 #: As in the core; the cache is joined.
@@ -39,13 +28,15 @@ class Beams(Run):
         """The prompt is fed, and the first token of every beam chosen."""
         fed = self.fed()
         state = started(self.setup, fed.cache)
-        chosen: Carried = self.choice(_first_choice)(state, self.scored(fed.last), self.told)
+        chosen: Carried = self.choice(_first_choice)(
+            state, self.part("scores", fed.last), self.told
+        )
         return chosen
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
         """Feed and choose until `end` columns are settled, or every group is done."""
-        carried = self.program(loop, self.setup.made)(carried, self.told, end)
-        return carried
+        result: Carried = self.program(loop, self.setup.made)(carried, self.told, end)
+        return result
 
     def is_done(self, state: Any) -> bool:
         """Whether every group is done."""
@@ -69,7 +60,7 @@ class Beams(Run):
             _show_first_stop(setup, tokens, lengths)
         return Found(
             tf.constant(tokens),
-            lambda: returned(setup, state.cache, texts, slots, lengths),
+            lambda: of_beams(state.cache, setup, texts, slots, lengths),
             tf.constant(texts, tf.int32),
             tf.constant(scores[texts, places]),
             tf.constant(np.where(is_there, beams, -1)),
@@ -219,7 +210,7 @@ def _group(
     going = tf.where(is_last, lowest, staying)
     pool, kept, done = _pooled(state, values, stops | is_last, going, own, group, told)
     is_bad = tf.math.is_nan(changed)
-    if "remove_invalid_values" not in told.rules:
+    if not told.is_mended:
         is_bad |= tf.math.is_nan(logs)
     return Step(
         parents=tf.where(was, tf.range(k), tf.gather(parents, ranks, batch_dims=1)) + group * k,
@@ -367,33 +358,3 @@ def _chosen_from(
     """
     before = np.concatenate([first[:, None], fed_as[:, :-1]], axis=1)
     return np.asarray(before + texts[:, None] * K, np.int32)
-
-
-def returned(
-    setup: Setup,
-    cache: Cache,
-    texts: NDArray[Any],
-    slots: NDArray[Any],
-    lengths: NDArray[Any],
-) -> Cache | None:
-    """The cache of the returned sequences, but for their last column: `[R, H, P + n - 1, D]`.
-
-    What follows the end of a shorter sequence was never fed; it is zero.
-    """
-    if not cache.keys:
-        return None
-    R, P, held = len(texts), setup.plan.prompt_length, setup.held
-    widened = P - setup.prompt.shape[1]
-    prompt = np.delete(np.arange(P), np.s_[held : held + widened])
-    places = np.concatenate([np.tile(prompt, (R, 1)), slots[:, :-1]], axis=1)
-    was_fed = np.arange(slots.shape[1] - 1) < lengths[:, None] - 1
-    was_fed = np.concatenate([np.ones((R, len(prompt)), np.bool_), was_fed], axis=1)
-    whole = parted(cache, len(setup.ids))
-
-    def gathered(room: Tensor) -> Tensor:
-        by_slot = tf.transpose(tf.gather(room, texts), (0, 2, 1, 3))  # [R, S, H, D]
-        found = tf.gather(by_slot, places, batch_dims=1)  # [R, P + n - 1, H, D]
-        found = tf.where(was_fed[..., None, None], found, tf.zeros_like(found))
-        return tf.transpose(found, (0, 2, 1, 3))
-
-    return Cache(tuple(map(gathered, whole.keys)), tuple(map(gathered, whole.values)))

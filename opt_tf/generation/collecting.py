@@ -1,18 +1,40 @@
-"""What a generation returns: tokens, and the record with all that was asked to be collected."""
+"""What a generation carries and returns: tokens, the record, the cache inside and outside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core.generation import GenerationConfig
 from opt_core.outputs import GenerateOutput
-from opt_tf.generation.decoding import Carried, Found
+from opt_tf.decoder import Cache
 from opt_tf.generation.setup import Setup
+
+
+class Carried(NamedTuple):
+    """What goes through the loop."""
+
+    state: Any
+    fault: Tensor  # int32 []
+    #: Where they are collected: the scores of the last step as the model gave them, and ruled.
+    seen: tuple[Tensor, ...] = ()
+
+
+class Found(NamedTuple):
+    """What a strategy found: R returned sequences, n the most new tokens of one."""
+
+    tokens: Tensor  # int32 [R, n]
+    #: Made when it is asked for.
+    cache: Callable[[], Cache | None]
+    #: Which text each sequence belongs to.
+    texts: Tensor  # int32 [R]
+    scores: Tensor | None = None  # float64 [R]
+    beams: Tensor | None = None  # int32 [R, n]
 
 
 def sequences(setup: Setup, found: Found) -> Tensor:
@@ -50,7 +72,7 @@ def _passed(setup: Setup, whole: Tensor, texts: Tensor) -> dict[str, Any]:
     if not (asked.output_attentions or asked.output_hidden_states):
         return {}
     P, columns = setup.prompt.shape[1], whole.shape[1] - 1
-    widened, held = setup.plan.prompt_length - P, setup.held
+    widened, held = setup.widened, setup.held
     shown = np.delete(setup.shown[: len(setup.prompt)], np.s_[held : held + widened], axis=1)
     mask = np.ones((whole.shape[0], columns), np.int32)
     mask[:, :P] = shown[texts.numpy(), :P]
@@ -80,3 +102,91 @@ def _cut(setup: Setup, layers: Any, whole: Tensor, *, of_keys: bool) -> Any:
         tuple(part(layer, start, end) for layer in layers)
         for start, end in zip(starts, ends, strict=True)
     )
+
+
+# --- the cache of a loop -----------------------------------------------------------------------
+
+
+def laid_out(past: Cache, R: int, capacity: int) -> Cache:
+    """A cache of an earlier call in fixed shapes; rows that it lacks, guided ones, hold nothing."""
+    more = [[0, R - past.keys[0].shape[0]], [0, 0], [0, 0], [0, 0]]
+    return past.mapped(lambda room: tf.pad(room, more)).fixed(capacity)
+
+
+def in_room(cache: Cache, length: Tensor, capacity: int) -> Cache:
+    """A cache in fixed shapes that holds its first `length` tokens, and else zero."""
+
+    def put(room: Tensor) -> Tensor:
+        size = room.shape[-2]
+        is_held = (tf.range(size) < length)[:, None]  # [S, 1]
+        held = tf.where(is_held, room, tf.zeros_like(room))
+        return tf.pad(held, [*[[0, 0]] * (room.shape.rank - 2), [0, capacity - size], [0, 0]])
+
+    return cache.mapped(put, length)
+
+
+def joined(cache: Cache) -> Cache:
+    """Fixed shapes with rows and heads in one axis, `[B * H, S, D]`.
+
+    XLA multiplies matrices along one batch axis. With two it would copy every buffer twice in every
+    step: once to write into, once to look at in the other shape.
+    """
+    return cache.mapped(lambda room: tf.reshape(room, (-1, *room.shape[2:])), cache.held)
+
+
+def parted(cache: Cache, R: int) -> Cache:
+    """Joined rows and heads in axes of their own again, `[R, H, S, D]`."""
+    return cache.mapped(lambda room: tf.reshape(room, (R, -1, *room.shape[1:])), cache.held)
+
+
+def kept(cache: Cache, setup: Setup, length: int) -> Cache | None:
+    """What a loop leaves in its joined cache, for the texts alone: `[B, H, length, D]`."""
+    if not cache.keys:
+        return None
+    B, held = len(setup.prompt), setup.held
+    behind = held + setup.widened
+
+    def of_texts(room: Tensor) -> Tensor:
+        room = room[:B, :, :length]
+        if not setup.widened:
+            return room
+        return tf.concat([room[:, :, :held], room[:, :, behind:]], axis=2)
+
+    return parted(cache, len(setup.ids)).mapped(of_texts)
+
+
+def of_beams(
+    cache: Cache,
+    setup: Setup,
+    texts: NDArray[Any],
+    slots: NDArray[Any],
+    lengths: NDArray[Any],
+) -> Cache | None:
+    """The cache of the returned sequences, but for their last column: `[R, H, P + n - 1, D]`.
+
+    What follows the end of a shorter sequence was never fed; it is zero.
+    """
+    if not cache.keys:
+        return None
+    R, held = len(texts), setup.held
+    prompt = np.delete(np.arange(setup.plan.prompt_length), np.s_[held : held + setup.widened])
+    places = np.concatenate([np.tile(prompt, (R, 1)), slots[:, :-1]], axis=1)
+    was_fed = np.arange(slots.shape[1] - 1) < lengths[:, None] - 1
+    was_fed = np.concatenate([np.ones((R, len(prompt)), np.bool_), was_fed], axis=1)
+
+    def gathered(room: Tensor) -> Tensor:
+        by_slot = tf.transpose(tf.gather(room, texts), (0, 2, 1, 3))  # [R, S, H, D]
+        found = tf.gather(by_slot, places, batch_dims=1)  # [R, P + n - 1, H, D]
+        found = tf.where(was_fed[..., None, None], found, tf.zeros_like(found))
+        return tf.transpose(found, (0, 2, 1, 3))
+
+    return parted(cache, len(setup.ids)).mapped(gathered)
+
+
+def beside(caches: list[Cache]) -> Cache:
+    """The caches of several rows in one; what a shorter one lacks is zero."""
+    longest = max(cache.get_seq_length() for cache in caches)
+    same = [cache.fixed(longest) for cache in caches]
+    keys = zip(*(cache.keys for cache in same), strict=True)
+    values = zip(*(cache.values for cache in same), strict=True)
+    return Cache(*(tuple(tf.concat(rows, axis=0) for rows in rooms) for rooms in (keys, values)))

@@ -12,10 +12,11 @@ from tensorflow import Tensor
 
 from opt_core import arguments
 from opt_core.generation import Candidate, ForcedWords, Hypothesis
-from opt_tf.generation.beams import State, log_probabilities, moved, returned, started, step
-from opt_tf.generation.cuts import best
-from opt_tf.generation.decoding import NAN, SOUND, Carried, Found, Net, Run, after, text_of
-from opt_tf.generation.rules import Text, is_met, ruled
+from opt_tf.generation.beams import State, log_probabilities, moved, started, step
+from opt_tf.generation.collecting import Carried, Found, of_beams
+from opt_tf.generation.cuts import NAN, SOUND, best
+from opt_tf.generation.decoding import Net, Run
+from opt_tf.generation.rules import Text, after, is_met, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
 
 
@@ -40,7 +41,7 @@ class Constrained(Run):
         """The prompt is fed, and the first token of every beam chosen."""
         fed = self.fed()
         state = started(self.setup, fed.cache)
-        offer = self.choice(_first_offer)(state, self.scored(fed.last), self.told)
+        offer = self.choice(_first_offer)(state, self.part("scores", fed.last), self.told)
         return self._chosen(state, offer)
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
@@ -76,7 +77,7 @@ class Constrained(Run):
         beams = np.where(path >= 0, path + (texts * K)[:, None], -1)
         return Found(
             tf.constant(tokens),
-            lambda: returned(setup, carried.state.cache, texts, slots, lengths),
+            lambda: of_beams(carried.state.cache, setup, texts, slots, lengths),
             tf.constant(texts, tf.int32),
             tf.constant([one.score for one in found], tf.float64),
             tf.constant(beams, tf.int32),
@@ -150,7 +151,7 @@ def offered(state: State, scores: Tensor, told: Told, made: Made) -> Offer:
     changed = ruled(logs, text, told.rules, made.functions)
     totals = tf.reshape(changed, (B, K, V)) + state.scores[..., None]
     is_bad = tf.math.is_nan(changed)
-    if "remove_invalid_values" not in told.rules:
+    if not told.is_mended:
         is_bad |= tf.math.is_nan(logs)
     fault = tf.where(tf.reduce_any(is_bad), NAN, SOUND)
     seen: tuple[Tensor, ...] = ()

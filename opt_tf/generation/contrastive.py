@@ -10,19 +10,10 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_tf.decoder import Cache
-from opt_tf.generation.cuts import best
-from opt_tf.generation.decoding import (
-    SOUND,
-    Carried,
-    Net,
-    Plain,
-    State,
-    fault_of,
-    guided,
-    noted,
-    text_of,
-)
-from opt_tf.generation.rules import ruled
+from opt_tf.generation.collecting import Carried
+from opt_tf.generation.cuts import SOUND, best, fault_of
+from opt_tf.generation.decoding import Net, Plain, State, noted
+from opt_tf.generation.rules import guided, ruled, text_of
 from opt_tf.generation.setup import Made, Told
 
 
@@ -73,8 +64,8 @@ class Contrastive(Plain):
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
         """Choose and feed candidates until `end` columns are settled."""
-        carried = self.program(loop, self.setup.made)(carried, self.told, end)
-        return carried
+        result: Carried = self.program(loop, self.setup.made)(carried, self.told, end)
+        return result
 
 
 def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Carried:
@@ -100,7 +91,7 @@ def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
     changed = tf.cast(changed, tf.float64)
     count = min(made.candidates, changed.shape[1])
     values, candidates = best(changed, count)  # [B, k]
-    fault = fault_of(raw, changed, candidates[:, 0], told)
+    fault = fault_of(raw, changed, candidates[:, 0], is_mended=told.is_mended)
     places = tf.range(state.mask.shape[1]) == state.length + tf.range(count)[:, None]
     mask = state.mask[:, None] | places  # [B, k, S]: the past, and itself
     positions = tf.repeat(state.positions[:, None], count, axis=1)
@@ -139,4 +130,4 @@ def _moved(cache: Cache, start: Tensor, count: int, place: Tensor) -> Cache:
         chosen = tf.gather(fresh, tf.repeat(place, rows // place.shape[0])[:, None], batch_dims=1)
         return keras.ops.slice_update(room, (0, start, 0), chosen)
 
-    return Cache(tuple(map(moved, cache.keys)), tuple(map(moved, cache.values)), start + 1)
+    return cache.mapped(moved, start + 1)

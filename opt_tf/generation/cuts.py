@@ -9,6 +9,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
+#: What is wrong with the scores of a step: nothing, they are NaN, or all are -inf.
+SOUND, NAN, NOTHING = range(3)
+
 
 def top_k(scores: Tensor, count: Tensor) -> Tensor:
     """Leave the `count` best tokens, and what ties with the last of them; 0 leaves all."""
@@ -89,6 +92,26 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
 def likeliest(scores: Tensor) -> Tensor:
     """The best token of every row, of equals the lowest id: int32 `[B]`."""
     return tf.argmax(scores, axis=1, output_type=tf.int32)
+
+
+def chosen_of(scores: Tensor, uniforms: Tensor | None, column: Tensor) -> Tensor:
+    """The token of every row for a column, drawn or the likeliest: int32 `[B]`."""
+    if uniforms is None:
+        return likeliest(scores)
+    return draw(scores, tf.gather(uniforms, column, axis=1)[:, 0])
+
+
+def fault_of(scores: Tensor, changed: Tensor, chosen: Tensor, *, is_mended: bool) -> Tensor:
+    """What is wrong with the scores of each row, before the rules or after: int32 `[B]`.
+
+    Rules that mend NaN make what was before them good.
+    """
+    best = tf.gather(changed, chosen, batch_dims=1)
+    is_nan = tf.reduce_any(tf.math.is_nan(changed), axis=1)
+    if not is_mended:
+        is_nan |= tf.reduce_any(tf.math.is_nan(scores), axis=1)
+    nothing = tf.where(best == -np.inf, NOTHING, SOUND)
+    return tf.where(is_nan, NAN, nothing)
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -15,15 +15,13 @@ from opt_core import arguments
 from opt_core.generation import DecodeState
 from opt_tf.attention import Visible, choose
 from opt_tf.decoder import Cache, positions_of
-from opt_tf.generation.cuts import draw, likeliest
-from opt_tf.generation.rules import Text, is_met, keyed, ruled
+from opt_tf.generation.collecting import Carried, Found, in_room, joined, kept, laid_out
+from opt_tf.generation.cuts import NAN, SOUND, chosen_of, fault_of
+from opt_tf.generation.rules import after, guided, is_met, keyed, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
 
 #: As in the core; the cache is joined: see `joined`.
 State = DecodeState[Tensor, Cache]
-
-#: What is wrong with the scores of a step: nothing, they are NaN, or all are -inf.
-SOUND, NAN, NOTHING = range(3)
 
 #: The most programs that are kept for one model.
 _MOST_PROGRAMS = 128
@@ -42,22 +40,20 @@ class Net(NamedTuple):
     positions: int
 
 
-class Carried(NamedTuple):
-    """What goes through the loop."""
-
-    state: Any
-    fault: Tensor  # int32 []
-    #: Where they are collected: the scores of the last step as the model gave them, and ruled.
-    seen: tuple[Tensor, ...] = ()
+#: The parts of a net that are programs where it is outside of one.
+_PARTS = ("feed", "whole", "scores")
 
 
 class Programs:
-    """What is compiled for a model, once for each batch size and the widths of `Plan`."""
+    """What is compiled for a model, once for each batch size and the widths of `Plan`.
 
-    def __init__(self, model: Any) -> None:
+    Without a model: what models of one shape share.
+    """
+
+    def __init__(self, model: Any = None) -> None:
         # Weak, since a program that held its model would keep it for ever.
-        self._model = ref(model)
-        self._weights = tuple(map(ref, model.weights))
+        self._model = None if model is None else ref(model)
+        self._weights = () if model is None else tuple(map(ref, model.weights))
         self._made: dict[Hashable, Callable[..., Any]] = {}
 
     @classmethod
@@ -76,7 +72,8 @@ class Programs:
 
             def run(*tensors: Any) -> Any:
                 nets = (m.net() if isinstance(m, Programs) else m for m in made)
-                return function(self.net(), *nets, *tensors)
+                own = () if self._model is None else (self.net(),)
+                return function(*own, *nets, *tensors)
 
             fresh = tf.function(run, jit_compile=compiled, autograph=False)
             found = self._made.setdefault(key, fresh)
@@ -86,16 +83,14 @@ class Programs:
 
     def net(self) -> Net:
         """The model inside a program."""
-        model = self._model()
-        assert model is not None
+        assert self._model is not None
+        model: Any = self._model()
         positions = model.config.max_position_embeddings
         return Net(partial(_feed, model), partial(_whole, model), model.scores, positions)
 
     def pieces(self, compiled: bool) -> Net:
         """The model outside: each of its passes is a program."""
-        feed, whole, scores = (
-            self.program(piece, compiled=compiled) for piece in (_fed, _taken_whole, _scored)
-        )
+        feed, whole, scores = (self.program(_part, n, compiled=compiled) for n in _PARTS)
         return Net(feed, whole, scores, self.net().positions)
 
     @property
@@ -108,30 +103,15 @@ class Programs:
         return len(read) == len(weights) and all(a is b for a, b in zip(read, weights, strict=True))
 
 
+#: Those that know no model.
+_SHARED = Programs()
+
 #: Beside the models, not in them: Keras saves, and TensorFlow exports, what a model holds.
 _PROGRAMS: WeakKeyDictionary[Any, Programs] = WeakKeyDictionary()
 
 
 def _key(made: Any) -> Any:
     return (keyed(made.functions), *made[1:]) if isinstance(made, Made) else made
-
-
-@lru_cache(64)
-def _alone(function: Callable[..., Any], made: Any, compiled: bool) -> Any:
-    return tf.function(partial(function, made.made), jit_compile=compiled, autograph=False)
-
-
-class _Alike:
-    """What a program is made with, equal where its functions are the same."""
-
-    def __init__(self, made: Made) -> None:
-        self.made, self._key = made, _key(made)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alike) and self._key == other._key
 
 
 class Run:
@@ -199,7 +179,7 @@ class Run:
         made = self.setup.made
         if self.setup.hosted:
             return partial(function, made)
-        return _alone(function, _Alike(made), self.setup.compiled)
+        return _SHARED.program(function, made, compiled=self.setup.compiled)
 
     def fed(self) -> Fed:
         """The prompt is fed: by an own program, since its length is another."""
@@ -211,18 +191,18 @@ class Run:
         if not setup.asked.use_cache:
             assert self.told.fed is not None
             W = setup.plan.width
-            whole = self.programs.program(_taken_whole, compiled=setup.compiled)
-            return Fed(whole(self.told.fed, tf.constant(mask[:, :W])), Cache(), None)
+            last = self.part("whole", self.told.fed, tf.constant(mask[:, :W]))
+            return Fed(last, Cache(), None)
         new = np.zeros((len(ids), setup.room), np.int32)
         new[:, : P - held] = ids[:, held:]
         program = self.programs.program(prefill, S, compiled=setup.compiled)
-        past = Cache() if setup.past is None else setup.past
+        past = Cache() if setup.past is None else laid_out(setup.past, len(ids), S)
         starts = tf.constant(held), tf.constant(P)
         return Fed(*program(tf.constant(new), tf.constant(mask), *starts, past))
 
-    def scored(self, hidden: Tensor) -> Tensor:
-        """The scores of last hidden states."""
-        return self.programs.program(_scored, compiled=self.setup.compiled)(hidden)
+    def part(self, name: str, *tensors: Tensor) -> Any:
+        """What a part of the net gives, as a program."""
+        return self.programs.program(_part, name, compiled=self.setup.compiled)(*tensors)
 
     def _sound(self, carried: Carried) -> Carried:
         fault = int(carried.fault)
@@ -240,18 +220,6 @@ class Fed(NamedTuple):
     states: Tensor | None  # [R, room, E]: those of all that was fed
 
 
-class Found(NamedTuple):
-    """What a strategy found: R returned sequences, n the most new tokens of one."""
-
-    tokens: Tensor  # int32 [R, n]
-    #: Made when it is asked for.
-    cache: Callable[[], Cache | None]
-    #: Which text each sequence belongs to.
-    texts: Tensor  # int32 [R]
-    scores: Tensor | None = None  # float64 [R]
-    beams: Tensor | None = None  # int32 [R, n]
-
-
 class Plain(Run):
     """Greedy choice and sampling."""
 
@@ -259,7 +227,9 @@ class Plain(Run):
         """The prompt is fed, and the first token of every row chosen."""
         fed = self.fed()
         state = self.started(fed.cache)
-        chosen: Carried = self.choice(_first_choice)(state, self.scored(fed.last), self.told)
+        chosen: Carried = self.choice(_first_choice)(
+            state, self.part("scores", fed.last), self.told
+        )
         return chosen
 
     def started(self, cache: Cache) -> State:
@@ -278,8 +248,8 @@ class Plain(Run):
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
         """Feed and choose until `end` columns are settled."""
-        carried = self.program(loop, self.setup.made)(carried, self.told, end)
-        return carried
+        result: Carried = self.program(loop, self.setup.made)(carried, self.told, end)
+        return result
 
     def found(self, carried: Carried) -> Found:
         """The rows as they are."""
@@ -325,11 +295,11 @@ def prefill(
         shown = mask[:, None] & (tf.range(S) <= places[:, None])
         positions = tf.gather(positions, tf.minimum(places, S - 1), axis=1)
         hidden, cache = net.feed(ids, positions, shown, joined(past))
-        cache = _in_room(cache, length, S)
+        cache = in_room(cache, length, S)
     else:
         shown = mask[:, None, :T] & (tf.range(T) <= tf.range(T)[:, None])
         hidden, cache = net.feed(ids, positions[:, :T], shown, past)
-        cache = joined(_in_room(cache, length, S))
+        cache = joined(in_room(cache, length, S))
     real = tf.gather(mask, tf.minimum(start + tf.range(T), S - 1), axis=1)
     last = tf.reduce_max(tf.where(real, tf.range(T), 0), axis=1)
     # The head meets these alone: [R, V], not [R, T, V].
@@ -353,8 +323,8 @@ def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
     raw, scores = scores[: state.tokens.shape[0]], guided(scores, told)
     text = text_of(state.tokens, state.length, told)
     changed = ruled(scores, text, told.rules, made.functions)
-    chosen = chosen_of(changed, state.length, told)
-    fault = fault_of(scores, changed, chosen, told)
+    chosen = chosen_of(changed, told.uniforms, state.length)
+    fault = fault_of(scores, changed, chosen, is_mended=told.is_mended)
     return noted(state, chosen, raw, changed, fault, told, made)
 
 
@@ -390,48 +360,6 @@ def noted(
     return Carried(following, fault, seen)
 
 
-def chosen_of(scores: Tensor, column: Tensor, told: Told) -> Tensor:
-    """The token of every row for a column, drawn or the likeliest: int32 `[B]`."""
-    if told.uniforms is None:
-        return likeliest(scores)
-    return draw(scores, tf.gather(told.uniforms, column, axis=1)[:, 0])
-
-
-def guided(scores: Tensor, told: Told) -> Tensor:
-    """`[R, V]` -> `[B, V]`: with guidance, away from what is likely without the prompt."""
-    if told.guidance is None:
-        return scores
-    logarithms = tf.nn.log_softmax(tf.cast(scores, tf.float64))
-    asked, unasked = tf.split(logarithms, 2)
-    return told.guidance * (asked - unasked) + unasked
-
-
-def fault_of(scores: Tensor, changed: Tensor, chosen: Tensor, told: Told) -> Tensor:
-    """What is wrong with the scores of each row, before the rules or after: int32 `[B]`."""
-    best = tf.gather(changed, chosen, batch_dims=1)
-    is_nan = tf.reduce_any(tf.math.is_nan(changed), axis=1)
-    if "remove_invalid_values" not in told.rules:
-        is_nan |= tf.reduce_any(tf.math.is_nan(scores), axis=1)
-    nothing = tf.where(best == -np.inf, NOTHING, SOUND)
-    return tf.where(is_nan, NAN, nothing)
-
-
-def after(table: Tensor, matched: Tensor, chosen: Tensor) -> Tensor:
-    """The states of stop strings after tokens: ints of one shape -> int32 of that shape."""
-    return tf.gather_nd(table, tf.stack([matched, chosen], axis=-1))
-
-
-def text_of(tokens: Tensor, length: Tensor, told: Told, copies: int = 1) -> Text:
-    """What rules look at of texts `[N, W]`; `copies` of each text that was asked for."""
-    prompt = told.written if copies == 1 else tf.repeat(told.written, copies, axis=0)
-    settled = tf.range(tokens.shape[1])
-    text = tf.where(settled < told.start, prompt, tokens)
-    seen, shown = tf.where(settled < length, tokens, -1), length
-    if told.hidden is not None:
-        text, shown = tf.roll(text, -told.hidden, axis=1), length - told.hidden
-    return Text(seen, text, length, shown, copies)
-
-
 def written(fed: Tensor, state: State, told: Told) -> Tensor:
     """The columns as they are fed, prompt and choices: int32 `[R, W]`."""
     copies = fed.shape[0] // state.tokens.shape[0]
@@ -462,66 +390,5 @@ def _whole(model: Any, ids: Tensor, shown: Tensor) -> Tensor:
     return tf.gather(out.last, last, batch_dims=1)
 
 
-def _fed(net: Net, *given: Any) -> tuple[Tensor, Cache]:
-    return net.feed(*given)
-
-
-def _taken_whole(net: Net, *given: Any) -> Tensor:
-    return net.whole(*given)
-
-
-def _scored(net: Net, hidden: Tensor) -> Tensor:
-    return net.scores(hidden)
-
-
-# --- the cache of a loop -----------------------------------------------------------------------
-
-
-def _in_room(cache: Cache, length: Tensor, capacity: int) -> Cache:
-    """A cache in fixed shapes that holds its first `length` tokens, and else zero."""
-
-    def put(rooms: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(map(one, rooms))
-
-    def one(room: Tensor) -> Tensor:
-        size = room.shape[-2]
-        is_held = (tf.range(size) < length)[:, None]  # [S, 1]
-        held = tf.where(is_held, room, tf.zeros_like(room))
-        return tf.pad(held, [*[[0, 0]] * (room.shape.rank - 2), [0, capacity - size], [0, 0]])
-
-    return Cache(put(cache.keys), put(cache.values), length)
-
-
-def joined(cache: Cache) -> Cache:
-    """Fixed shapes with rows and heads in one axis, `[B * H, S, D]`.
-
-    XLA multiplies matrices along one batch axis. With two it would copy every buffer twice in every
-    step: once to write into, once to look at in the other shape.
-    """
-    keys = tuple(tf.reshape(key, (-1, *key.shape[2:])) for key in cache.keys)
-    return Cache(keys, tuple(tf.reshape(v, (-1, *v.shape[2:])) for v in cache.values), cache.held)
-
-
-def parted(cache: Cache, R: int) -> Cache:
-    """Joined rows and heads in axes of their own again, `[R, H, S, D]`."""
-    keys = tuple(tf.reshape(key, (R, -1, *key.shape[1:])) for key in cache.keys)
-    return Cache(
-        keys, tuple(tf.reshape(v, (R, -1, *v.shape[1:])) for v in cache.values), cache.held
-    )
-
-
-def kept(cache: Cache, setup: Setup, length: int) -> Cache | None:
-    """What a loop leaves in its joined cache, for the texts alone: `[B, H, length, D]`."""
-    if not cache.keys:
-        return None
-    B, held = len(setup.prompt), setup.held
-    whole = parted(cache, len(setup.ids)).rows(slice(B))
-    whole = Cache(whole.keys, whole.values, tf.constant(length)).counted()
-    widened = setup.plan.prompt_length - setup.prompt.shape[1]
-    if not widened:
-        return whole
-
-    def narrow(room: Tensor) -> Tensor:
-        return tf.concat([room[:, :, :held], room[:, :, held + widened :]], axis=2)
-
-    return Cache(tuple(map(narrow, whole.keys)), tuple(map(narrow, whole.values)))
+def _part(net: Net, name: str, *tensors: Any) -> Any:
+    return getattr(net, name)(*tensors)

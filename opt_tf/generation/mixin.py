@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow import Tensor
@@ -17,7 +17,24 @@ from opt_tf.generation.collecting import newest, record, sequences
 from opt_tf.generation.constrained import Constrained
 from opt_tf.generation.contrastive import Contrastive
 from opt_tf.generation.decoding import Plain
-from opt_tf.generation.setup import Given, Setup, settle
+from opt_tf.generation.setup import Setup, settle
+
+
+class Given(NamedTuple):
+    """The arguments of a call of `generate`, but for its options."""
+
+    input_ids: Any = None
+    attention_mask: Any = None
+    past_key_values: Any = None
+    logits_processor: Sequence[Callable[..., Any]] | None = None
+    stopping_criteria: Sequence[Callable[..., Any]] | None = None
+    prefix_allowed_tokens_fn: Callable[..., Any] | None = None
+    assistant_model: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    tokenizer: Any = None
+    compiled: bool = True
+
 
 _RUNS = {
     Strategy.GREEDY: Plain,

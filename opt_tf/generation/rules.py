@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
-from opt_core.generation import ORDER
+from opt_core.generation import ORDER, StopTable
 from opt_tf.generation import cuts
+
+if TYPE_CHECKING:
+    from opt_tf.generation.setup import Told
 
 #: What the active rules take, by their names: which are there is the structure of a program.
 Rules = Mapping[str, tuple[Tensor, ...]]
@@ -47,11 +52,6 @@ def known_by(function: Function) -> Hashable:
     return function if isinstance(function, Hashable) else _Same(function)
 
 
-def named(known: Hashable) -> Any:
-    """The function that is known by this."""
-    return known.function if isinstance(known, _Same) else known
-
-
 def keyed(functions: Functions) -> tuple[Hashable, ...]:
     """What the functions of a call are known by."""
     allowed = () if functions.allowed is None else (functions.allowed,)
@@ -73,6 +73,26 @@ class Text(NamedTuple):
     copies: int = 1
     #: float64 [B, 1, V]: how often earlier groups of beams chose each token in this step.
     taken: Tensor | None = None
+
+
+def text_of(tokens: Tensor, length: Tensor, told: Told, copies: int = 1) -> Text:
+    """What rules look at of texts `[N, W]`; `copies` of each text that was asked for."""
+    prompt = told.written if copies == 1 else tf.repeat(told.written, copies, axis=0)
+    settled = tf.range(tokens.shape[1])
+    text = tf.where(settled < told.start, prompt, tokens)
+    seen, shown = tf.where(settled < length, tokens, -1), length
+    if told.hidden is not None:
+        text, shown = tf.roll(text, -told.hidden, axis=1), length - told.hidden
+    return Text(seen, text, length, shown, copies)
+
+
+def guided(scores: Tensor, told: Told) -> Tensor:
+    """`[R, V]` -> `[B, V]`: with guidance, away from what is likely without the prompt."""
+    if told.guidance is None:
+        return scores
+    logarithms = tf.nn.log_softmax(tf.cast(scores, tf.float64))
+    asked, unasked = tf.split(logarithms, 2)
+    return told.guidance * (asked - unasked) + unasked
 
 
 def ruled(scores: Tensor, text: Text, rules: Rules, functions: Functions) -> Tensor:
@@ -237,6 +257,32 @@ RULES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
+# --- stop strings ------------------------------------------------------------------------------
+
+
+def stop_table(
+    strings: str | list[str] | None,
+    tokenizer: Any,
+    vocab_size: int,
+    ids: NDArray[np.int32],
+    shown: NDArray[np.bool_],
+    B: int,
+) -> tuple[NDArray[np.int32] | None, NDArray[np.int32]]:
+    """The table of the stop strings, and the state in which each text starts."""
+    if not strings:
+        return None, np.zeros(B, np.int32)
+    if tokenizer is None:
+        raise arguments.missing_tokenizer()
+    table = StopTable.of([strings] if isinstance(strings, str) else strings, tokenizer, vocab_size)
+    states = [table.start(row[real]) for row, real in zip(ids[:B], shown[:B], strict=True)]
+    return table.after, np.array(states, np.int32)
+
+
+def after(table: Tensor, matched: Tensor, chosen: Tensor) -> Tensor:
+    """The states of stop strings after tokens: ints of one shape -> int32 of that shape."""
+    return tf.gather_nd(table, tf.stack([matched, chosen], axis=-1))
+
+
 # --- functions of the caller -------------------------------------------------------------------
 
 
@@ -292,6 +338,35 @@ def _allowed(scores: Tensor, text: Text, function: Function) -> Tensor:
     for place, row in enumerate(rows.numpy()):
         kept[place, list(function(int(row), text.written[place, : text.shown]))] = True
     return without(~tf.constant(kept), scores)
+
+
+def all_traced(functions: Functions, rows: int, W: int, V: int, compiled: bool) -> bool:
+    """Whether every function of a call can be a part of a program of `[rows, W]` texts."""
+    text, length = tf.TensorSpec((rows, W), tf.int32), tf.TensorSpec((), tf.int32)
+    scores = tf.TensorSpec((rows, V), tf.float32)
+    of_scores = [
+        _is_traced(known_by(f), (text, scores, length), compiled)
+        for f in (*functions.processors, *functions.criteria)
+    ]
+    if functions.allowed is not None:
+        row, place = tf.TensorSpec((W,), tf.int32), tf.TensorSpec((), tf.int32)
+        of_scores.append(_is_traced(known_by(functions.allowed), (place, row, length), compiled))
+    return all(of_scores)
+
+
+@lru_cache(64)
+def _is_traced(known: Hashable, specs: tuple[tf.TensorSpec, ...], compiled: bool) -> bool:
+    """Whether a function can be traced and compiled: it is tried, on nothing but zeros."""
+    function: Any = known.function if isinstance(known, _Same) else known
+    if not takes_length(function):
+        return False
+    program: Callable[..., Any] = tf.function(function, jit_compile=compiled, autograph=False)
+    try:
+        program(*(tf.zeros(spec.shape, spec.dtype) for spec in specs))
+    except Exception:
+        # Whatever it is, it will show again where the function runs on its own.
+        return False
+    return True
 
 
 # --- looking at texts --------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -15,7 +15,6 @@ from opt_core import arguments
 from opt_core.generation import (
     GenerationConfig,
     Plan,
-    StopTable,
     Strategy,
     bucket,
     given,
@@ -24,8 +23,11 @@ from opt_core.generation import (
     uniforms,
 )
 from opt_tf.decoder import Cache
-from opt_tf.generation.rules import Function, Functions, Rules, known_by, named, takes_length
+from opt_tf.generation.rules import Functions, Rules, all_traced, stop_table
 from opt_tf.layers import check_ids
+
+if TYPE_CHECKING:
+    from opt_tf.generation.mixin import Given
 
 
 class Told(NamedTuple):
@@ -43,6 +45,11 @@ class Told(NamedTuple):
     hidden: Tensor | None  # int32 []: columns that a wider negative prompt put before the prompt
     fed: Tensor | None  # int32 [R, W]: the columns as they are fed, where there is no cache
     numbers: tuple[Tensor, ...]  # what the strategy takes besides
+
+    @property
+    def is_mended(self) -> bool:
+        """Whether rules turn NaN into numbers."""
+        return "remove_invalid_values" in self.rules
 
 
 class Made(NamedTuple):
@@ -68,7 +75,7 @@ class Setup(NamedTuple):
     prompt: Tensor  # int [B, P], as it was given, once for each text
     ids: NDArray[np.int32]  # [R, P]: what is fed, with columns for a wider negative prompt
     shown: NDArray[np.bool_]  # [R, P]
-    past: Cache | None  # in fixed shapes
+    past: Cache | None
     held: int
     matched: NDArray[np.int32]  # [B]
     told: Told
@@ -94,6 +101,11 @@ class Setup(NamedTuple):
             return self.plan.prompt_room
         return prompt_room(self.plan.prompt_length - self.held)
 
+    @property
+    def widened(self) -> int:
+        """How many columns a wider negative prompt put before what is fed of the prompt."""
+        return self.plan.prompt_length - int(self.prompt.shape[1])
+
     def compacted(self) -> NDArray[np.int32]:
         """The real tokens of each text moved up to the last column of the prompt: `[B, W]`."""
         B, P = len(self.prompt), self.plan.prompt_length
@@ -114,26 +126,10 @@ class Setup(NamedTuple):
             prompt=self.prompt[rows],
             ids=self.ids[rows],
             shown=self.shown[rows],
-            past=None if self.past is None else self.past.rows(rows),
+            past=None if self.past is None else self.past.mapped(lambda room: room[rows]),
             matched=self.matched[rows],
             told=told,
         )
-
-
-class Given(NamedTuple):
-    """The arguments of a call of `generate`, but for its options."""
-
-    input_ids: Any = None
-    attention_mask: Any = None
-    past_key_values: Any = None
-    logits_processor: Sequence[Function] | None = None
-    stopping_criteria: Sequence[Function] | None = None
-    prefix_allowed_tokens_fn: Function | None = None
-    assistant_model: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    tokenizer: Any = None
-    compiled: bool = True
 
 
 def settle(
@@ -185,15 +181,20 @@ def _settled(
     copies = 1 if asked.num_beams > 1 else asked.num_return_sequences
     held = 0 if past is None else past.get_seq_length()
     ids = prompt.numpy().astype(np.int32)
-    ids, shown = _widened(ids, held, widened), _widened(shown, held, widened)
-    ids, shown = ids.repeat(copies, axis=0), shown.repeat(copies, axis=0)
-    B = len(ids)
-    if others is not None:
-        ids = np.concatenate([ids, _at_end(others.ids, ids.shape[1]).repeat(copies, axis=0)])
-        also = _at_end(others.shown, shown.shape[1]).repeat(copies, axis=0)
-        shown = np.concatenate([shown, also])
-    functions = _functions(call)
-    table, matched = _stop_table(asked, call.tokenizer, model.config.vocab_size, ids, shown, B)
+    B = len(ids) * copies
+
+    def laid(rows: NDArray[Any], more: NDArray[Any] | None) -> NDArray[Any]:
+        # Hidden columns before what is fed; what is shorter stands at the end.
+        rows = np.insert(rows, [held] * widened, 0, axis=1)
+        if more is not None:
+            more = np.pad(more, [(0, 0), (rows.shape[1] - more.shape[1], 0)])
+        both = [rows] if more is None else [rows, more]
+        return np.concatenate([some.repeat(copies, axis=0) for some in both])
+
+    ids = laid(ids, None if others is None else others.ids)
+    shown = laid(shown, None if others is None else others.shown)
+    functions, V = _functions(call), model.config.vocab_size
+    table, matched = stop_table(asked.stop_strings, call.tokenizer, V, ids, shown, B)
     setup = Setup(
         model=model,
         asked=asked,
@@ -201,7 +202,7 @@ def _settled(
         prompt=tf.repeat(prompt, copies, axis=0),
         ids=ids,
         shown=shown,
-        past=None if past is None else _laid_out(past, copies, len(ids), planned.capacity),
+        past=None if past is None else past.mapped(partial(tf.repeat, repeats=copies, axis=0)),
         held=held,
         matched=matched,
         told=_told(model, asked, planned, ids, B, call.tokenizer, table, widened),
@@ -210,7 +211,9 @@ def _settled(
         compiled=call.compiled,
         hosted=False,
     )
-    return setup._replace(hosted=not _all_traced(setup))
+    rows, W = len(setup.prompt) * asked.num_beams, planned.width
+    is_traced = all_traced(functions, rows, W, V, call.compiled)
+    return setup._replace(hosted=not is_traced)
 
 
 # --- what is told ------------------------------------------------------------------------------
@@ -377,46 +380,6 @@ def _planned(
     return planned, widened
 
 
-def _widened(rows: NDArray[Any], held: int, count: int) -> NDArray[Any]:
-    """Hidden columns before what is fed."""
-    return np.insert(rows, [held] * count, 0, axis=1)
-
-
-def _at_end(rows: NDArray[Any], width: int) -> NDArray[Any]:
-    return np.pad(rows, [(0, 0), (width - rows.shape[1], 0)])
-
-
-def _laid_out(past: Cache, copies: int, R: int, capacity: int) -> Cache:
-    """A cache of an earlier call in fixed shapes, once for each text; guided rows have none."""
-
-    def laid(room: Tensor) -> Tensor:
-        room = tf.repeat(room, copies, axis=0)
-        B, held = room.shape[0], room.shape[2]
-        return tf.pad(room, [[0, R - B], [0, 0], [0, capacity - held], [0, 0]])
-
-    held = tf.constant(past.get_seq_length())
-    return Cache(tuple(map(laid, past.keys)), tuple(map(laid, past.values)), held)
-
-
-def _stop_table(
-    asked: GenerationConfig,
-    tokenizer: Any,
-    vocab_size: int,
-    ids: NDArray[np.int32],
-    shown: NDArray[np.bool_],
-    B: int,
-) -> tuple[NDArray[np.int32] | None, NDArray[np.int32]]:
-    """The table of the stop strings, and the state in which each text starts."""
-    if not asked.stop_strings:
-        return None, np.zeros(B, np.int32)
-    if tokenizer is None:
-        raise arguments.missing_tokenizer()
-    strings = asked.stop_strings
-    table = StopTable.of([strings] if isinstance(strings, str) else strings, tokenizer, vocab_size)
-    states = [table.start(row[real]) for row, real in zip(ids[:B], shown[:B], strict=True)]
-    return table.after, np.array(states, np.int32)
-
-
 def _check_assistant(asked: GenerationConfig, vocab_size: int, drafts: int) -> None:
     arguments.check_assistant(asked.strategy.value, vocab_size, drafts)
     if asked.is_guided:
@@ -434,36 +397,3 @@ def _functions(call: Given) -> Functions:
         tuple(call.logits_processor or ()),
         tuple(call.stopping_criteria or ()),
     )
-
-
-def _all_traced(setup: Setup) -> bool:
-    """Whether every function of the caller can be a part of a program."""
-    functions, V = setup.made.functions, setup.model.config.vocab_size
-    rows, W = len(setup.prompt) * setup.made.beams, setup.plan.width
-    text, length = tf.TensorSpec((rows, W), tf.int32), tf.TensorSpec((), tf.int32)
-    scores = tf.TensorSpec((rows, V), tf.float32)
-    of_scores = [
-        _is_traced(known_by(f), (text, scores, length), setup.compiled)
-        for f in (*functions.processors, *functions.criteria)
-    ]
-    if functions.allowed is not None:
-        row, place = tf.TensorSpec((W,), tf.int32), tf.TensorSpec((), tf.int32)
-        of_scores.append(
-            _is_traced(known_by(functions.allowed), (place, row, length), setup.compiled)
-        )
-    return all(of_scores)
-
-
-@lru_cache(64)
-def _is_traced(known: Hashable, specs: tuple[tf.TensorSpec, ...], compiled: bool) -> bool:
-    """Whether a function can be traced and compiled: it is tried, on nothing but zeros."""
-    function = named(known)
-    if not takes_length(function):
-        return False
-    program: Callable[..., Any] = tf.function(function, jit_compile=compiled, autograph=False)
-    try:
-        program(*(tf.zeros(spec.shape, spec.dtype) for spec in specs))
-    except Exception:
-        # Whatever it is, it will show again where the function runs on its own.
-        return False
-    return True

@@ -17,7 +17,6 @@ from opt_torch.generation.decoding import (
     State,
     advance,
     apply_rules,
-    checked,
     last,
     logits,
     prefill,
@@ -49,8 +48,7 @@ def states(run: Run, notes: Notes) -> Iterator[State]:
     drafts: list[int] = []
     while True:
         for place, row in enumerate(scores.split(1)):
-            state, flags = select(run, state, row, int(state.length) - P, notes)
-            done = checked(flags, state.length)
+            state, done = select(run, state, row, int(state.length) - P, notes)
             yield state
             if done or state.length == P + N:
                 return

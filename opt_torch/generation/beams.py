@@ -21,6 +21,7 @@ from opt_torch.generation.decoding import (
     last,
     logits,
     prefill,
+    real_tokens,
     whole_pass,
 )
 from opt_torch.generation.rules import Seen, stopping_criteria
@@ -50,7 +51,7 @@ def search(run: Run, notes: Notes) -> Found:
         state, wrong = _settle(run, state, scores, count, notes)
         is_wrong, is_done = torch.stack((wrong.any(), state.done.all())).tolist()
         if is_wrong:
-            raise arguments.nan_scores(int(state.length) - 1)
+            raise arguments.nan_scores(real_tokens(run, wrong.any(1), int(state.length) - 1))
         if is_done:
             break
         if count + 1 < run.plan.max_new_tokens:
@@ -315,10 +316,9 @@ def _found(run: Run, state: Beams) -> Found:
     order = order[:, : run.asked.num_return_sequences]
     parts = (state.pool, state.pool_scores, state.pool_lengths, state.pool_slots)
     tokens, scores, lengths, slots = (_taken(x, order) for x in parts)
-    empty = (scores[:, 0] == -torch.inf).tolist()
-    if True in empty:
-        row = run.prompt.text[empty.index(True)]
-        raise arguments.no_token_left(int((row >= 0).sum()))
+    empty = scores[:, 0] == -torch.inf
+    if bool(empty.any()):
+        raise arguments.no_token_left(real_tokens(run, empty, run.plan.prompt_length))
     k = run.asked.num_beams // run.asked.num_beam_groups
     if run.asked.num_beam_groups > 1:
         tokens = _with_first_stop(run, tokens, lengths)

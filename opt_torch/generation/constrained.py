@@ -13,7 +13,7 @@ from opt_torch.generation import beams
 from opt_torch.generation.beams import Beams, Candidates
 from opt_torch.generation.collecting import Found, Notes
 from opt_torch.generation.cuts import best
-from opt_torch.generation.decoding import guided, hidden_nan
+from opt_torch.generation.decoding import guided, hidden_nan, real_tokens
 from opt_torch.generation.rules import Seen
 from opt_torch.generation.setup import Run, candidates
 
@@ -51,8 +51,10 @@ def _ruled(
     seen = Seen(state.tokens[:, :, : state.length].flatten(0, 1), run.prompt, live=live)
     ruled = beams.ruled_logs(run, following, seen)
     notes.add(scores[: len(live)], ruled)
-    if bool((live & (hidden_nan(run, following) | ruled.amax(1).isnan())).any()):
-        raise arguments.nan_scores(int(state.length))
+    wrong = live & (hidden_nan(run, following) | ruled.amax(1).isnan())
+    if bool(wrong.any()):
+        rows = wrong.view(len(texts), -1).any(1)
+        raise arguments.nan_scores(real_tokens(run, rows, int(state.length)))
     return ruled.view(len(texts), run.asked.num_beams, -1)
 
 

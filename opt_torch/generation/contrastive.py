@@ -15,7 +15,6 @@ from opt_torch.generation.cuts import best
 from opt_torch.generation.decoding import (
     State,
     advance,
-    checked,
     last,
     logits,
     prefill,
@@ -45,8 +44,7 @@ def states(run: Run, notes: Notes) -> Iterator[State]:
         _keep(cache, place)
         state = state._replace(cache=cache, positions=state.positions + 1)
         wrong, nothing = wrong | values[:, 0].isnan(), values[:, 0] == -torch.inf
-        state, flags = settled(run, state, tokens[rows, place], ruled, wrong, nothing)
-        done = checked(flags, state.length)
+        state, done = settled(run, state, tokens[rows, place], ruled, wrong, nothing)
         yield state
         if done:
             return

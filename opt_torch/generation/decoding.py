@@ -35,8 +35,7 @@ def states(run: Run, notes: Notes) -> Iterator[State]:
     state, hidden = prefill(run)
     scores = logits(run, last(hidden, run.prompt.shown))
     for count in range(run.plan.max_new_tokens):
-        state, flags = select(run, state, scores, count, notes)
-        done = checked(flags, state.length)
+        state, done = select(run, state, scores, count, notes)
         yield state
         if done:
             return
@@ -87,10 +86,8 @@ def step(run: Run, state: State) -> tuple[State, Tensor]:
     return state, logits(run, hidden[:, -1])
 
 
-def select(
-    run: Run, state: State, scores: Tensor, count: int, notes: Notes
-) -> tuple[State, Tensor]:
-    """Choose the token of every row from the scores `[R, V]`, and write it; see `checked`."""
+def select(run: Run, state: State, scores: Tensor, count: int, notes: Notes) -> tuple[State, bool]:
+    """Choose the token of every row from the scores `[R, V]`, and write it; see `settled`."""
     ruled, wrong = processed(run, state, scores, notes)
     best, chosen = ruled.max(1)  # the lowest id of equals; NaN where any score is
     if run.uniforms is not None:
@@ -111,10 +108,13 @@ def processed(run: Run, state: State, scores: Tensor, notes: Notes) -> tuple[Ten
 
 def settled(
     run: Run, state: State, chosen: Tensor, ruled: Tensor, wrong: Tensor, nothing: Tensor
-) -> tuple[State, Tensor]:
-    """Write the chosen tokens `[B]`, and see which rows they finish; the flags are for `checked`.
+) -> tuple[State, bool]:
+    """Write the chosen tokens `[B]`: the state, and whether all rows are finished now.
 
-    `wrong` and `nothing` are bool `[B]`: the scores were NaN, or nothing could be chosen.
+    `wrong` and `nothing` are bool `[B]`: scores were NaN, or no token could be chosen.
+
+    Raises:
+        ValueError: so it was in a row that is not finished.
     """
     live, length = ~state.finished, int(state.length)
     chosen = torch.where(live, chosen, run.asked.fill)
@@ -127,23 +127,21 @@ def settled(
     if run.stops.criteria:
         seen = Seen(state.tokens[:, : length + 1], run.prompt)
         finished = finished | stopping_criteria(ruled, seen, run.stops.criteria)
-    flags = torch.stack(((wrong & live).any(), (nothing & live).any(), finished.all()))
+    wrong, nothing = wrong & live, nothing & live
+    # The one thing that a step waits for on an accelerator.
+    is_wrong, is_nothing, done = torch.stack((wrong.any(), nothing.any(), finished.all())).tolist()
+    if is_wrong:
+        raise arguments.nan_scores(real_tokens(run, wrong, length))
+    if is_nothing:
+        raise arguments.no_token_left(real_tokens(run, nothing, length))
     longer = cast(Tensor, length + 1)
-    return state._replace(length=longer, finished=finished, matched=matched), flags
+    return state._replace(length=longer, finished=finished, matched=matched), bool(done)
 
 
-def checked(flags: Tensor, length: Any) -> bool:
-    """Whether all rows are finished: the one thing that a step waits for.
-
-    Raises:
-        ValueError: scores that are NaN, or nothing that may be chosen.
-    """
-    wrong, nothing, done = flags.tolist()
-    if wrong:
-        raise arguments.nan_scores(int(length) - 1)
-    if nothing:
-        raise arguments.no_token_left(int(length) - 1)
-    return bool(done)
+def real_tokens(run: Run, rows: Tensor, length: int) -> int:
+    """How many real tokens the first of some rows bool `[B]` has in so many columns."""
+    row = int(rows.byte().argmax())
+    return int((run.prompt.text[row] >= 0).sum()) + length - run.prompt.text.shape[1]
 
 
 def apply_rules(run: Run, scores: Tensor, seen: Seen) -> Tensor:

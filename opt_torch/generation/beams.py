@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -143,7 +144,8 @@ def _settle(
     B, K = state.scores.shape
     k = K // run.asked.num_beam_groups
     following = guided(run, scores)
-    live = (state.scores > -torch.inf) & ~state.done.repeat_interleave(k, 1)
+    done = state.done[:, :, None].expand(-1, -1, k).reshape(B, K)
+    live = (state.scores > -torch.inf) & ~done
     wrong = hidden_nan(run, following).view(B, K)
     following = following.view(B, K, -1)
     groups, all_ruled = [], []
@@ -154,20 +156,26 @@ def _settle(
         settled = _settle_group(run, state, group, found, ruled, count)
         groups.append(settled)
         all_ruled.append(ruled.view(B, k, -1))
-        rivals = torch.cat((rivals, settled.taken), dim=1)
-    ruled = all_ruled[0] if k == K else torch.cat(all_ruled, dim=1)  # [B, K, V]
+        if group.stop < K:
+            rivals = torch.cat((rivals, settled.taken), dim=1)
+    ruled = _joined(all_ruled)  # [B, K, V]
     notes.add(scores[: B * K], ruled.flatten(0, 1))
     wrong = wrong | ruled.amax(2).isnan()
-    joined = [torch.cat(parts, dim=1) for parts in zip(*(g.pool for g in groups), strict=True)]
+    pool, scores, lengths, slots = map(_joined, zip(*(g.pool for g in groups), strict=True))
     state = state._replace(
-        pool=joined[0],
-        pool_scores=joined[1],
-        pool_lengths=joined[2],
-        pool_slots=joined[3],
-        done=torch.cat([g.done for g in groups], dim=1),
+        pool=pool,
+        pool_scores=scores,
+        pool_lengths=lengths,
+        pool_slots=slots,
+        done=_joined([g.done for g in groups]),
     )
-    running = (torch.cat(parts, dim=1) for parts in zip(*(g.running for g in groups), strict=True))
+    running = map(_joined, zip(*(g.running for g in groups), strict=True))
     return follow(run, state, Candidates(*running)), wrong & live
+
+
+def _joined(groups: Sequence[Tensor]) -> Tensor:
+    """What belongs to all beams, from what belongs to those of each group."""
+    return groups[0] if len(groups) == 1 else torch.cat(list(groups), dim=1)
 
 
 class _Group(NamedTuple):

@@ -44,6 +44,18 @@ def test_of_equals_the_lowest_place_is_best(values: list[float], count: int) -> 
     assert places[0].tolist()[: len(real)] == real
 
 
+@pytest.mark.parametrize("width", [V, V + 31, 63])
+@pytest.mark.parametrize("digits", [0, 8], ids=["many equals", "few equals"])
+def test_the_best_of_long_rows_are_found(width: int, digits: int) -> None:
+    rows = torch.from_numpy(np.random.default_rng(2).normal(0, 2, (3, width)).round(digits))
+    rows[1, ::2] = -torch.inf
+    for count in (2, 9):
+        found, places = cuts.best(rows, count)
+        right = rows.sort(dim=1, descending=True, stable=True)
+        torch.testing.assert_close(found, right.values[:, :count], rtol=0, atol=0)
+        torch.testing.assert_close(places, right.indices[:, :count], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("left", [V, 6, 2])
 def test_draws_without_replacement_are_those_of_the_reference(left: int) -> None:
     sums = scores(1.0, seed=3)

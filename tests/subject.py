@@ -24,13 +24,12 @@ class Subject:
 
     def __init__(self, wing: Wing, seed: int = 0, *, lightly: bool = False, **changes: Any) -> None:
         self.wing, self.config = wing, tiny(**changes)
-        self._options = wing.lightly if lightly else {}
+        self._generate = wing.generate_lightly if lightly else wing.generate
         self.weights: Arrays = random_weights(self.config, Head.CAUSAL_LM, seed, std=STD)
         self.model = wing.build(Head.CAUSAL_LM, self.config, self.weights)
 
     def generate(self, ids: Any, mask: Any = None, **options: Any) -> Any:
-        options = {**self._options, **options}
-        return self.wing.generate(self.model, ids, attention_mask=mask, **options)
+        return self._generate(self.model, ids, attention_mask=mask, **options)
 
     def reference(self, ids: Any, mask: Any = None, **options: Any) -> Generated:
         """The reference's tokens without beams, and how sure each is."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from opt_core.weights import Head
 from tests.cases import random_weights, tiny, words
-from tests.strategies import COLUMNS, NEW, PAIRS, ROWS, RULES, STOPS, STRATEGIES, ragged
+from tests.strategies import COLUMNS, MORE_PAIRS, NEW, PAIRS, ROWS, RULES, STOPS, STRATEGIES, ragged
 from tests.subject import STD, Subject
 from tests.wings import Wing
 
@@ -28,7 +28,10 @@ def assistant(wing: Wing) -> Subject:
     return Subject(wing, seed=1, num_hidden_layers=1)
 
 
-@pytest.mark.parametrize(("strategy", "rules"), PAIRS)
+@pytest.mark.parametrize(
+    ("strategy", "rules"),
+    [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.deep) for pair in MORE_PAIRS)],
+)
 @settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_tokens_are_those_of_the_reference(

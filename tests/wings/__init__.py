@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ class Wing(ABC):
     fused: str | None = None
     #: Whether the functions of a call of `generate` can be traced into its programs.
     traces: bool = False
-    #: Options by which `generate` starts sooner and computes the same, where compiling is slow.
-    lightly: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def model_class(self, head: Head) -> Any:
@@ -90,6 +87,10 @@ class Wing(ABC):
     def generate(self, model: Any, input_ids: Any = None, **options: Any) -> Any:
         """The tokens `[B, P + n]`, or the record if the options ask for one."""
         return self.numpy(model.generate(*self._prompt(input_ids, options), **options))
+
+    def generate_lightly(self, model: Any, input_ids: Any = None, **options: Any) -> Any:
+        """As `generate`, but compiled in less time, for what is run once or twice."""
+        return self.generate(model, input_ids, **options)
 
     def stream(self, model: Any, input_ids: Any, **options: Any) -> Iterator[NDArray[Any]]:
         """The tokens `[B]` of each step, as they are chosen."""

@@ -10,10 +10,10 @@ from tensorflow import Tensor
 
 from opt_tf.decoder import Cache, positions_of
 from opt_tf.generation.collecting import Carried, Found, beside
-from opt_tf.generation.cuts import SOUND, chosen_of
+from opt_tf.generation.cuts import chosen_of
 from opt_tf.generation.decoding import Net, Plain, Programs, Run, State, select
 from opt_tf.generation.rules import ruled, text_of
-from opt_tf.generation.setup import Made, Told
+from opt_tf.generation.setup import Made, Setup, Told
 
 
 class Drafting(NamedTuple):
@@ -45,7 +45,7 @@ class Assisted(Run):
     def last(self) -> Any:
         """What is carried after the last choice of each row."""
         rows = range(len(self.setup.prompt))
-        return [_Row(self.setup.row(row)).last() for row in rows]
+        return [_Row(_row_of(self.setup, row)).last() for row in rows]
 
     def steps(self, chunk: int = 1) -> Iterator[Carried]:
         """What is carried after the first choice of the one row, and then after each round."""
@@ -53,12 +53,12 @@ class Assisted(Run):
 
     def warm(self) -> None:
         """Make the programs: those of one row serve all."""
-        _Row(self.setup.row(0)).warm()
+        _Row(_row_of(self.setup, 0)).warm()
 
     def found(self, carried: Any) -> Found:
         """The rows beside each other."""
         each = carried if isinstance(carried, list) else [carried]
-        found = [_Row(self.setup.row(i)).found(one) for i, one in enumerate(each)]
+        found = [_Row(_row_of(self.setup, i)).found(one) for i, one in enumerate(each)]
         n = max(one.tokens.shape[1] for one in found)
         fill = self.setup.asked.fill
 
@@ -70,6 +70,23 @@ class Assisted(Run):
             lambda: beside([cache for one in found if (cache := one.cache()) is not None]),
             tf.range(len(found)),
         )
+
+
+def _row_of(setup: Setup, index: int) -> Setup:
+    """The generation of one text alone."""
+    rows = slice(index, index + 1)
+    told = setup.told._replace(
+        written=setup.told.written[rows],
+        uniforms=None if setup.told.uniforms is None else setup.told.uniforms[rows],
+    )
+    return setup._replace(
+        prompt=setup.prompt[rows],
+        ids=setup.ids[rows],
+        shown=setup.shown[rows],
+        past=None if setup.past is None else setup.past.mapped(lambda room: room[rows]),
+        matched=setup.matched[rows],
+        told=told,
+    )
 
 
 class _Row(Plain):
@@ -122,7 +139,7 @@ def loop(
     def is_asked(carried: Carried, count: Tensor) -> Tensor:
         state = carried.state.plain
         goes_on = (state.length < end) & ~tf.reduce_all(state.finished)
-        return goes_on & (carried.fault == SOUND) & (count < rounds)
+        return goes_on & carried.is_sound & (count < rounds)
 
     def one_more(carried: Carried, count: Tensor) -> tuple[Carried, Tensor]:
         state, other = carried.state
@@ -201,7 +218,7 @@ def verified(
     def is_asked(carried: Carried, i: Tensor, agrees: Tensor) -> Tensor:
         state = carried.state
         goes_on = agrees & (state.length < end) & ~tf.reduce_all(state.finished)
-        return goes_on & (carried.fault == SOUND)
+        return goes_on & carried.is_sound
 
     def one_more(carried: Carried, i: Tensor, _: Tensor) -> tuple[Carried, Tensor, Tensor]:
         carried = select(carried.state, tf.gather(scores, i, axis=1), told, made)

@@ -102,7 +102,7 @@ def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Car
 
     def is_asked(carried: Carried) -> Tensor:
         state = carried.state
-        return (state.length < end) & (carried.fault == SOUND) & ~tf.reduce_all(state.done)
+        return (state.length < end) & carried.is_sound & ~tf.reduce_all(state.done)
 
     def one_more(carried: Carried) -> tuple[Carried]:
         return (select(*step(net, carried.state, told), told, made),)
@@ -281,13 +281,13 @@ def _pooled(
 
 
 def _fault(state: State, step: Step) -> Tensor:
-    """What is wrong with the scores of any text that goes on: int32 []."""
+    """What is wrong with the scores of each text that goes on: int32 `[B]`."""
     goes_on = ~tf.reduce_all(state.done, axis=1)
     alive = tf.reduce_any(step.scores > -np.inf, axis=1)
     ended = tf.reduce_any(step.kept_scores > -np.inf, axis=1)
     nothing = tf.where(alive | ended, SOUND, NOTHING)
     found = tf.where(tf.reduce_any(step.fault == NAN, axis=1), NAN, nothing)
-    return tf.reduce_max(tf.where(goes_on, found, SOUND))
+    return tf.where(goes_on, found, SOUND)
 
 
 def _noted(state: State, step: Step, told: Told, made: Made) -> State:

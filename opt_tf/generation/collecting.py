@@ -13,6 +13,7 @@ from tensorflow import Tensor
 from opt_core.generation import GenerationConfig
 from opt_core.outputs import GenerateOutput
 from opt_tf.decoder import Cache
+from opt_tf.generation.cuts import SOUND
 from opt_tf.generation.setup import Setup
 
 
@@ -20,9 +21,22 @@ class Carried(NamedTuple):
     """What goes through the loop."""
 
     state: Any
-    fault: Tensor  # int32 []
+    fault: Tensor  # int32 [B]: see `cuts`
     #: Where they are collected: the scores of the last step as the model gave them, and ruled.
     seen: tuple[Tensor, ...] = ()
+
+    @property
+    def is_sound(self) -> Tensor:
+        """Whether every text could go on: bool []."""
+        return tf.reduce_all(self.fault == SOUND)
+
+
+class Fed(NamedTuple):
+    """What a pass over the prompt leaves."""
+
+    last: Tensor  # [R, E]: the hidden state of each row's last real token
+    cache: Cache
+    states: Tensor | None  # [R, room, E]: those of all that was fed
 
 
 class Found(NamedTuple):
@@ -72,8 +86,7 @@ def _passed(setup: Setup, whole: Tensor, texts: Tensor) -> dict[str, Any]:
     if not (asked.output_attentions or asked.output_hidden_states):
         return {}
     P, columns = setup.prompt.shape[1], whole.shape[1] - 1
-    widened, held = setup.widened, setup.held
-    shown = np.delete(setup.shown[: len(setup.prompt)], np.s_[held : held + widened], axis=1)
+    shown = setup.shown[: len(setup.prompt), setup.widened :]
     mask = np.ones((whole.shape[0], columns), np.int32)
     mask[:, :P] = shown[texts.numpy(), :P]
     out = setup.model(
@@ -107,12 +120,6 @@ def _cut(setup: Setup, layers: Any, whole: Tensor, *, of_keys: bool) -> Any:
 # --- the cache of a loop -----------------------------------------------------------------------
 
 
-def laid_out(past: Cache, R: int, capacity: int) -> Cache:
-    """A cache of an earlier call in fixed shapes; rows that it lacks, guided ones, hold nothing."""
-    more = [[0, R - past.keys[0].shape[0]], [0, 0], [0, 0], [0, 0]]
-    return past.mapped(lambda room: tf.pad(room, more)).fixed(capacity)
-
-
 def in_room(cache: Cache, length: Tensor, capacity: int) -> Cache:
     """A cache in fixed shapes that holds its first `length` tokens, and else zero."""
 
@@ -143,16 +150,8 @@ def kept(cache: Cache, setup: Setup, length: int) -> Cache | None:
     """What a loop leaves in its joined cache, for the texts alone: `[B, H, length, D]`."""
     if not cache.keys:
         return None
-    B, held = len(setup.prompt), setup.held
-    behind = held + setup.widened
-
-    def of_texts(room: Tensor) -> Tensor:
-        room = room[:B, :, :length]
-        if not setup.widened:
-            return room
-        return tf.concat([room[:, :, :held], room[:, :, behind:]], axis=2)
-
-    return parted(cache, len(setup.ids)).mapped(of_texts)
+    B, first = len(setup.prompt), setup.widened
+    return parted(cache, len(setup.ids)).mapped(lambda room: room[:B, :, first:length])
 
 
 def of_beams(
@@ -168,8 +167,8 @@ def of_beams(
     """
     if not cache.keys:
         return None
-    R, held = len(texts), setup.held
-    prompt = np.delete(np.arange(setup.plan.prompt_length), np.s_[held : held + setup.widened])
+    R = len(texts)
+    prompt = np.arange(setup.widened, setup.plan.prompt_length)
     places = np.concatenate([np.tile(prompt, (R, 1)), slots[:, :-1]], axis=1)
     was_fed = np.arange(slots.shape[1] - 1) < lengths[:, None] - 1
     was_fed = np.concatenate([np.ones((R, len(prompt)), np.bool_), was_fed], axis=1)

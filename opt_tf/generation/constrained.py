@@ -26,7 +26,7 @@ class Offer(NamedTuple):
     totals: Tensor  # float64 [B, K, V]: the sums of all pairs of beam and token
     values: Tensor  # float64 [B, M]: those of the best pairs
     places: Tensor  # int32 [B, M]: beam * V + token
-    fault: Tensor  # int32 []
+    fault: Tensor  # int32 [B]
     seen: tuple[Tensor, ...]
 
 
@@ -84,8 +84,11 @@ class Constrained(Run):
         )
 
     def _is_asked(self, carried: Carried, end: int) -> bool:
-        sound = int(carried.fault) == SOUND
-        return sound and int(carried.state.length) < end and not self.is_done(carried.state)
+        return (
+            bool(carried.is_sound)
+            and int(carried.state.length) < end
+            and not self.is_done(carried.state)
+        )
 
     def _chosen(self, state: State, offer: Offer) -> Carried:
         """The state in which the beams go on that each text chooses."""
@@ -153,7 +156,8 @@ def offered(state: State, scores: Tensor, told: Told, made: Made) -> Offer:
     is_bad = tf.math.is_nan(changed)
     if not told.is_mended:
         is_bad |= tf.math.is_nan(logs)
-    fault = tf.where(tf.reduce_any(is_bad), NAN, SOUND)
+    is_bad = tf.reduce_any(tf.reshape(is_bad, (B, K * V)), axis=1)
+    fault = tf.where(is_bad, NAN, SOUND)
     seen: tuple[Tensor, ...] = ()
     if made.collects:
         seen = tf.reshape(scores[:B], (B * K, V)), tf.cast(changed, tf.float32)

@@ -59,7 +59,9 @@ class Contrastive(Plain):
         state = Search(self.started(fed.cache), fed.last, tf.pad(units, room))
         V = setup.model.config.vocab_size
         seen = (tf.zeros((len(setup.prompt), V), fed.last.dtype), tf.zeros((len(setup.prompt), V)))
-        carried = Carried(state, tf.constant(SOUND), seen if setup.made.collects else ())
+        carried = Carried(
+            state, tf.fill(len(setup.prompt), SOUND), seen if setup.made.collects else ()
+        )
         return self.go_on(carried, self.told.start + 1)
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
@@ -73,7 +75,7 @@ def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Car
 
     def is_asked(carried: Carried) -> Tensor:
         state = carried.state.plain
-        return (state.length < end) & (carried.fault == SOUND) & ~tf.reduce_all(state.finished)
+        return (state.length < end) & carried.is_sound & ~tf.reduce_all(state.finished)
 
     def one_more(carried: Carried) -> tuple[Carried]:
         return (step(net, carried.state, told, made),)

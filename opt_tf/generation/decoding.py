@@ -15,7 +15,7 @@ from opt_core import arguments
 from opt_core.generation import DecodeState
 from opt_tf.attention import Visible, choose
 from opt_tf.decoder import Cache, positions_of
-from opt_tf.generation.collecting import Carried, Found, in_room, joined, kept, laid_out
+from opt_tf.generation.collecting import Carried, Fed, Found, in_room, joined, kept
 from opt_tf.generation.cuts import NAN, SOUND, chosen_of, fault_of
 from opt_tf.generation.rules import after, guided, is_met, keyed, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
@@ -66,32 +66,32 @@ class Programs:
 
     def program(self, function: Callable[..., Any], *made: Any, compiled: bool) -> Any:
         """`function(net, *made, *tensors)` as a program of tensors; see `Net`."""
-        key = (function, compiled, *map(_key, made))
-        found = self._made.get(key)
-        if found is None:
+        held = [m._model if isinstance(m, Programs) else m for m in made]
+        if self._model is not None:
+            held.insert(0, self._model)
 
-            def run(*tensors: Any) -> Any:
-                nets = (m.net() if isinstance(m, Programs) else m for m in made)
-                own = () if self._model is None else (self.net(),)
-                return function(*own, *nets, *tensors)
+        def run(*tensors: Any) -> Any:
+            nets = (_net(m) if isinstance(m, ref) else m for m in held)
+            return function(*nets, *tensors)
 
-            fresh = tf.function(run, jit_compile=compiled, autograph=False)
-            found = self._made.setdefault(key, fresh)
-            while len(self._made) > _MOST_PROGRAMS:
-                self._made.pop(next(iter(self._made)))
-        return found
+        def called(*tensors: Any) -> Any:
+            # TensorFlow warns of one function that is traced for many shapes.
+            key = (function, compiled, *map(_key, made), _shapes(tensors))
+            found = self._made.get(key)
+            if found is None:
+                fresh = tf.function(run, jit_compile=compiled, autograph=False)
+                found = self._made.setdefault(key, fresh)
+                while len(self._made) > _MOST_PROGRAMS:
+                    self._made.pop(next(iter(self._made)))
+            return found(*tensors)
 
-    def net(self) -> Net:
-        """The model inside a program."""
-        assert self._model is not None
-        model: Any = self._model()
-        positions = model.config.max_position_embeddings
-        return Net(partial(_feed, model), partial(_whole, model), model.scores, positions)
+        return called
 
     def pieces(self, compiled: bool) -> Net:
         """The model outside: each of its passes is a program."""
         feed, whole, scores = (self.program(_part, n, compiled=compiled) for n in _PARTS)
-        return Net(feed, whole, scores, self.net().positions)
+        assert self._model is not None
+        return Net(feed, whole, scores, _net(self._model).positions)
 
     @property
     def traces(self) -> int:
@@ -112,6 +112,18 @@ _PROGRAMS: WeakKeyDictionary[Any, Programs] = WeakKeyDictionary()
 
 def _key(made: Any) -> Any:
     return (keyed(made.functions), *made[1:]) if isinstance(made, Made) else made
+
+
+def _net(model: ref[Any]) -> Net:
+    """A model inside a program."""
+    found: Any = model()
+    positions = found.config.max_position_embeddings
+    return Net(partial(_feed, found), partial(_whole, found), found.scores, positions)
+
+
+def _shapes(tensors: Any) -> Hashable:
+    flat = tf.nest.flatten(tensors, expand_composites=True)
+    return tuple(None if x is None else (x.dtype, tuple(x.shape)) for x in flat)
 
 
 class Run:
@@ -196,7 +208,7 @@ class Run:
         new = np.zeros((len(ids), setup.room), np.int32)
         new[:, : P - held] = ids[:, held:]
         program = self.programs.program(prefill, S, compiled=setup.compiled)
-        past = Cache() if setup.past is None else laid_out(setup.past, len(ids), S)
+        past = Cache() if setup.past is None else setup.past.fixed(S)
         starts = tf.constant(held), tf.constant(P)
         return Fed(*program(tf.constant(new), tf.constant(mask), *starts, past))
 
@@ -205,19 +217,13 @@ class Run:
         return self.programs.program(_part, name, compiled=self.setup.compiled)(*tensors)
 
     def _sound(self, carried: Carried) -> Carried:
-        fault = int(carried.fault)
-        if fault:
-            length = int(carried.state.length) - 1
-            raise (arguments.nan_scores if fault == NAN else arguments.no_token_left)(length)
+        faults = carried.fault.numpy()
+        if faults.any():
+            row = int(faults.argmax())
+            new = int(carried.state.length) - 1 - self.setup.plan.prompt_length
+            length = int(self.setup.shown[row].sum()) + new
+            raise (arguments.nan_scores if faults[row] == NAN else arguments.no_token_left)(length)
         return carried
-
-
-class Fed(NamedTuple):
-    """What a pass over the prompt leaves."""
-
-    last: Tensor  # [R, E]: the hidden state of each row's last real token
-    cache: Cache
-    states: Tensor | None  # [R, room, E]: those of all that was fed
 
 
 class Plain(Run):
@@ -270,8 +276,7 @@ def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Car
 
     def is_asked(carried: Carried) -> Tensor:
         state = carried.state
-        sound = carried.fault == SOUND
-        return (state.length < end) & sound & ~tf.reduce_all(state.finished)
+        return (state.length < end) & carried.is_sound & ~tf.reduce_all(state.finished)
 
     def one_more(carried: Carried) -> tuple[Carried]:
         return (select(*step(net, carried.state, told), told, made),)
@@ -355,7 +360,7 @@ def noted(
         finished=state.finished | finished,
         matched=matched,
     )
-    fault = tf.reduce_max(tf.where(state.finished, SOUND, fault))
+    fault = tf.where(state.finished, SOUND, fault)
     seen = (raw, tf.cast(changed, tf.float32)) if made.collects else ()
     return Carried(following, fault, seen)
 

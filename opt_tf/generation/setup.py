@@ -115,22 +115,6 @@ class Setup(NamedTuple):
             row[P - shown.sum() : P] = ids[shown]
         return result
 
-    def row(self, index: int) -> Setup:
-        """The generation of one text alone."""
-        rows = slice(index, index + 1)
-        told = self.told._replace(
-            written=self.told.written[rows],
-            uniforms=None if self.told.uniforms is None else self.told.uniforms[rows],
-        )
-        return self._replace(
-            prompt=self.prompt[rows],
-            ids=self.ids[rows],
-            shown=self.shown[rows],
-            past=None if self.past is None else self.past.mapped(lambda room: room[rows]),
-            matched=self.matched[rows],
-            told=told,
-        )
-
 
 def settle(
     model: Any, call: Given, generation: GenerationConfig | None, options: Mapping[str, Any]
@@ -151,19 +135,13 @@ def settle(
         _check_assistant(asked, config.vocab_size, call.assistant_model.config.vocab_size)
     prompt = _prompt(call.input_ids, asked, config.vocab_size)
     shown = _shown(prompt, call.attention_mask, asked.padding_id)
-    past = Cache.of(call.past_key_values, config.num_hidden_layers)
-    past = None if past is None else past.counted()
+    past = _past(call, config, asked, tuple(prompt.shape))
     held = 0 if past is None else past.get_seq_length()
-    if past is not None:
-        arguments.check_past(held, int(past.keys[0].shape[0]), tuple(prompt.shape))
-    if asked.strategy is Strategy.CONTRASTIVE:
-        # It compares hidden states of all tokens, which a cache does not hold.
-        past, held = None, 0
     ids = prompt.numpy().astype(np.int32)
     others = _unguided(call, asked, config.vocab_size, ids, shown) if asked.is_guided else None
     drafts = _drafts(asked, call.assistant_model)
-    planned, widened = _planned(asked, config, shown, others, held, drafts)
-    return _settled(model, call, asked, planned, prompt, shown, others, past, widened)
+    planned = _planned(asked, config, shown, others, held, drafts)
+    return _settled(model, call, asked, planned, prompt, shown, others, past)
 
 
 def _settled(
@@ -175,7 +153,6 @@ def _settled(
     shown: NDArray[np.bool_],
     others: _Rows | None,
     past: Cache | None,
-    widened: int,
 ) -> Setup:
     """Every text once, then the same without their prompts; and what programs are told."""
     copies = 1 if asked.num_beams > 1 else asked.num_return_sequences
@@ -184,12 +161,10 @@ def _settled(
     B = len(ids) * copies
 
     def laid(rows: NDArray[Any], more: NDArray[Any] | None) -> NDArray[Any]:
-        # Hidden columns before what is fed; what is shorter stands at the end.
-        rows = np.insert(rows, [held] * widened, 0, axis=1)
-        if more is not None:
-            more = np.pad(more, [(0, 0), (rows.shape[1] - more.shape[1], 0)])
-        both = [rows] if more is None else [rows, more]
-        return np.concatenate([some.repeat(copies, axis=0) for some in both])
+        both, P = [rows] if more is None else [rows, more], planned.prompt_length
+        # What is narrower stands at the end.
+        wide = [np.pad(some, [(0, 0), (P - some.shape[1], 0)]) for some in both]
+        return np.concatenate([some.repeat(copies, axis=0) for some in wide])
 
     ids = laid(ids, None if others is None else others.ids)
     shown = laid(shown, None if others is None else others.shown)
@@ -205,7 +180,16 @@ def _settled(
         past=None if past is None else past.mapped(partial(tf.repeat, repeats=copies, axis=0)),
         held=held,
         matched=matched,
-        told=_told(model, asked, planned, ids, B, call.tokenizer, table, widened),
+        told=_told(
+            model,
+            asked,
+            planned,
+            ids,
+            B,
+            call.tokenizer,
+            table,
+            planned.prompt_length - prompt.shape[1],
+        ),
         made=_made(asked, functions, call.assistant_model),
         assistant=call.assistant_model,
         compiled=call.compiled,
@@ -357,14 +341,14 @@ def _planned(
     others: _Rows | None,
     held: int,
     drafts: int,
-) -> tuple[Plan, int]:
-    """The plan, and how many columns a wider negative prompt adds to the prompt."""
+) -> Plan:
+    """The plan, in which a negative prompt that is wider than the prompt widens it."""
     P = shown.shape[1]
     lengths = shown.sum(axis=1).tolist()
     if others is not None:
         lengths += others.shown.sum(axis=1).tolist()
     planned = plan(asked, config, prompt_length=P, row_lengths=lengths, drafts=drafts)
-    widened = 0 if others is None else max(0, others.ids.shape[1] - (P - held))
+    widened = 0 if others is None else max(0, others.ids.shape[1] - P)
     if widened:
         same = {
             "max_new_tokens": planned.max_new_tokens,
@@ -377,7 +361,24 @@ def _planned(
     if held:
         room = bucket(held + prompt_room(planned.prompt_length - held))
         planned = planned._replace(capacity=max(planned.capacity, room))
-    return planned, widened
+    return planned
+
+
+def _past(
+    call: Given, config: Any, asked: GenerationConfig, shape: tuple[int, ...]
+) -> Cache | None:
+    """The cache of an earlier call, if what it lacks is not needed: hidden states, other rows."""
+    past = Cache.of(call.past_key_values, config.num_hidden_layers)
+    if past is None:
+        return None
+    arguments.check_past(past.get_seq_length(), int(past.keys[0].shape[0]), shape)
+    is_contrastive = asked.strategy is Strategy.CONTRASTIVE
+    options = ("penalty_alpha", "guidance_scale", "use_cache")
+    asks = (is_contrastive, asked.is_guided, not asked.use_cache)
+    for option, needs_more in zip(options, asks, strict=True):
+        if needs_more:
+            raise arguments.past_without(option)
+    return past.counted()
 
 
 def _check_assistant(asked: GenerationConfig, vocab_size: int, drafts: int) -> None:

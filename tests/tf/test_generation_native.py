@@ -1,6 +1,7 @@
 """Generation in TensorFlow: programs that are reused, fresh, freed, and the same without XLA."""
 
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opt_core.weights import Head
-from opt_tf.generation import decoding
+from opt_tf.generation import beams, contrastive, decoding, mixin
+from opt_tf.generation.setup import settle
 from tests.cases import PAD, Batch, batches, padded, random_weights, tiny, words
 from tests.subject import MARGIN, STD, Subject
 from tests.wings import Wing
@@ -26,46 +28,127 @@ def subject(wing: Wing) -> Subject:
     return Subject(wing)
 
 
-def traces(model: Any) -> tuple[int, int]:
-    """How often the programs of a model were made: that of the prompt, that of the loop."""
-    prefill, go_on, _ = decoding._Programs.of(model, True)
-    counted: Any = (prefill, go_on)
-    return tuple(program.experimental_get_tracing_count() for program in counted)
+def traces(model: Any) -> int:
+    """How often programs of a model were made."""
+    return decoding.Programs.of(model).traces
 
 
 # Programs are reused
 
+DRAWN: dict[str, Any] = {"do_sample": True, "seed": 1, "temperature": 2.0, "top_p": 0.9}
+#: Strategies, and the same with other values of what does not change a program.
+VALUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({}, {"eos_token_id": [5, 6, 7], "tokenizer": range(25)}),
+    "sampling": (DRAWN, {**DRAWN, "seed": [3, 4], "top_k": 0, "min_p": 0.1, "temperature": 0.5}),
+    "rules": (
+        {"repetition_penalty": 1.2, "min_new_tokens": 1, "bad_words_ids": [[7]]},
+        {"repetition_penalty": 0.8, "min_new_tokens": 3, "bad_words_ids": [[8, 9], [7]]},
+    ),
+    "beams": (
+        {"num_beams": 3, "early_stopping": True},
+        {"num_beams": 3, "length_penalty": 0.3, "early_stopping": "never", "eos_token_id": 5},
+    ),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, {"penalty_alpha": 0.2, "top_k": 4}),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 5}),
+}
 
-def test_calls_of_one_plan_share_their_programs(wing: Wing) -> None:
+
+@pytest.mark.parametrize("name", VALUES)
+def test_calls_of_one_plan_share_their_programs(wing: Wing, name: str) -> None:
     subject = Subject(wing)
+    first, others = VALUES[name]
     batch = padded([words(1, 8)[0], words(1, 5)[0]], "right")
-    subject.generate(batch.ids, batch.mask, max_new_tokens=3)
-    sampled = {"do_sample": True, "seed": 1, "temperature": 2.0, "top_k": 5, "top_p": 0.9}
-    calls: dict[str, tuple[Any, dict[str, Any]]] = {
-        "another length, no padding": (words(2, 7), {"max_new_tokens": 9}),
-        "another type": (words(2, 7).astype(np.int32), {"max_new_tokens": 9}),
-        "all rules": (words(2, 4), {**sampled, "min_p": 0.1, "repetition_penalty": 1.2}),
-        "other values": (words(2, 5), {**sampled, "seed": [3, 4], "top_k": 0, "temperature": 0.5}),
-        "stop tokens": (words(2, 4), {"eos_token_id": [5, 6, 7], "min_new_tokens": 2}),
-        "a tokenizer": (words(2, 4), {"tokenizer": range(25)}),
-    }
-    for ids, options in calls.values():
-        subject.generate(ids, **options)
-    assert traces(subject.model) == (1, 1)
+    subject.generate(batch.ids, batch.mask, max_new_tokens=3, **first)
+    made = traces(subject.model)
+    for length, kind, options in ((7, np.int64, first), (4, np.int32, others), (5, int, others)):
+        subject.generate(words(2, length).astype(kind), max_new_tokens=9, **options)
+    assert traces(subject.model) == made
 
 
-def test_a_stream_runs_the_programs_of_the_whole(wing: Wing) -> None:
+def test_rules_that_are_not_asked_for_are_not_in_the_program(wing: Wing) -> None:
+    """Every program is made for the rules that are active, whatever was asked for before."""
+    subject = Subject(wing)
+    sizes = []
+    for options in ({}, {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3}, {}):
+        subject.generate(IDS, max_new_tokens=3, **options)
+        sizes.append(traces(subject.model))
+    # The prompt, its scores and a loop; another loop; nothing.
+    assert sizes == [3, 4, 4]
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_stream_runs_the_programs_of_the_whole(wing: Wing, chunk: int) -> None:
     subject = Subject(wing)
     found = subject.generate(IDS, max_new_tokens=4, eos_token_id=None)
-    steps = list(wing.stream(subject.model, IDS, max_new_tokens=4, eos_token_id=None))
+    made = traces(subject.model)
+    asked: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": None, "chunk": chunk}
+    steps = list(wing.stream(subject.model, IDS, **asked))
     np.testing.assert_array_equal(np.stack(steps, axis=1), found[:, 4:])
-    assert traces(subject.model) == (1, 1)
+    assert traces(subject.model) == made
 
 
-def test_one_token_needs_the_program_of_the_prompt_alone(wing: Wing) -> None:
+def test_one_token_needs_no_loop(wing: Wing) -> None:
     subject = Subject(wing)
     subject.generate(IDS, max_new_tokens=1)
-    assert traces(subject.model) == (1, 0)
+    assert traces(subject.model) == 2
+
+
+@pytest.mark.parametrize("name", ["sampling", "beams", "contrastive", "lookup"])
+def test_after_warming_a_call_makes_no_program(wing: Wing, name: str) -> None:
+    subject = Subject(wing)
+    options = {"max_new_tokens": 9, **VALUES[name][0]}
+    subject.model.warmup(batch_size=2, prompt_length=4, **options)
+    made = traces(subject.model)
+    subject.generate(IDS, **options)
+    assert traces(subject.model) == made > 0
+
+
+def test_an_assistant_drafts_inside_the_program(wing: Wing) -> None:
+    subject, other = Subject(wing), Subject(wing, seed=5, num_hidden_layers=1)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
+    right = subject.generate(IDS, **asked)
+    before = traces(subject.model)
+    found = subject.generate(IDS, assistant_model=other.model, **asked)
+    np.testing.assert_array_equal(found, right)
+    # Rows run alone: the prompt, its scores and the loop; of the assistant the prompt alone.
+    assert traces(subject.model) - before == 3
+    assert traces(other.model) == 1
+
+
+def test_a_function_that_can_be_traced_is_a_part_of_the_program(wing: Wing) -> None:
+    subject = Subject(wing)
+    calls = []
+
+    def favours(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        calls.append(tf.executing_eagerly())
+        return scores + 5 * tf.one_hot(7, scores.shape[1])
+
+    asked: dict[str, Any] = {"max_new_tokens": 9, "logits_processor": [favours]}
+    found = subject.generate(IDS, **asked)
+    assert (found[:, 4:] == 7).any()
+    made = traces(subject.model), len(calls)
+    np.testing.assert_array_equal(subject.generate(IDS, **asked), found)
+    assert (traces(subject.model), len(calls)) == made
+    assert not any(calls)
+
+
+@pytest.mark.parametrize("name", ["greedy", "beams", "contrastive"])
+def test_the_loop_copies_no_cache(wing: Wing, name: str) -> None:
+    """The keys and values that come in are copied once; after that they are written in place."""
+    model = Subject(wing).model
+    setup = settle(model, mixin.Given(IDS), None, {"max_new_tokens": 9, **VALUES[name][0]})
+    run = mixin._RUNS[setup.strategy](setup)
+    carried = run.until(run.begun(), 9)
+    loop = {"greedy": decoding, "beams": beams, "contrastive": contrastive}[name].loop
+    made: dict[Any, Any] = run.programs._made
+    (program,) = (program for key, program in made.items() if key[0] is loop)
+    show = program.experimental_get_compiler_ir(carried, setup.told, tf.constant(9))
+    room = re.escape(f"f32[8,{setup.plan.capacity},4]")
+    moves = re.findall(
+        rf"= {room}\S* (?:copy|gather|transpose|select)\((\S+)\)", show("optimized_hlo")
+    )
+    assert len(moves) == 2 * model.config.num_hidden_layers
+    assert all(moved.startswith("%arg") for moved in moves)
 
 
 # Programs are fresh
@@ -120,8 +203,8 @@ def test_a_changed_model_generates_with_what_it_holds_now(
 def test_programs_go_with_their_model(wing: Wing) -> None:
     subject = Subject(wing)
     subject.generate(IDS, max_new_tokens=3)
-    held = decoding._PROGRAMS[subject.model][True]
-    gone = [weakref.ref(x) for x in (subject.model, held.prefill, held.go_on)]
+    held = decoding.Programs.of(subject.model)
+    gone: list[Any] = [weakref.ref(x) for x in (subject.model, held, *held._made.values())]
     gone += [weakref.ref(weight.value) for weight in subject.model.weights]
     del subject, held
     gc.collect()
@@ -233,7 +316,7 @@ def test_nothing_is_computed_where_there_is_no_room(
     def refuse(*_: Any) -> Any:
         raise AssertionError("the prompt was fed")
 
-    monkeypatch.setattr(decoding._Run, "first", refuse)
+    monkeypatch.setattr(decoding.Run, "fed", refuse)
     with pytest.raises(AssertionError, match="the prompt was fed"):
         subject.generate(words(1, 30), max_new_tokens=2)
     with pytest.raises(ValueError, match="longest prompt has 30 tokens and max_new_tokens is 3"):

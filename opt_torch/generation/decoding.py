@@ -202,7 +202,8 @@ def _visible(start: int | Tensor, T: int, S: int, mask: Tensor | None) -> Visibl
 def _decode(run: Run, cache: Cache, ids: Tensor, positions: Tensor, visible: Visible) -> Tensor:
     """One pass over the decoder, by the fastest form of it."""
     if run.packed is None:
-        return _modules(run.model, cache, ids, positions, visible)
+        # The layers may be spread over devices; what is chosen from stays where the prompt is.
+        return _modules(run.model, cache, ids, positions, visible).to(ids.device)
     embeds = run.model.model.decoder.embed_tokens(ids)
     return run.packed(embeds, positions, _attend(run.model, embeds, visible), cache)
 
@@ -259,7 +260,9 @@ def last(hidden: Tensor, shown: Tensor | None) -> Tensor:
 
 def logits(run: Run, hidden: Tensor) -> Tensor:
     """Scores of what follows hidden states: `[N, E]` -> `[N, V]`."""
-    return linear(run.model.lm_head, hidden) if run.packed is None else run.packed.head(hidden)
+    if run.packed is not None:
+        return run.packed.head(hidden)
+    return linear(run.model.lm_head, hidden).to(hidden.device)
 
 
 def guided(run: Run, scores: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _verify(run: Run, state: State, drafts: list[int]) -> tuple[State, Tensor]:
         mask = state.mask.clone()
         mask[:, length : length + len(drafts)] = True
     places = torch.arange(ids.shape[1], device=ids.device)
-    at = run.prompt.text.ge(0).sum(1, keepdim=True) + length - 1 - run.plan.prompt_length
+    at = state.positions[:, None] + length - 1 - run.plan.prompt_length
     hidden, cache = advance(run, state.cache, ids, at + places, mask)
     return state._replace(cache=cache), logits(run, hidden[0])
 

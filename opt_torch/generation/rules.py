@@ -40,6 +40,15 @@ class Prompt(NamedTuple):
         )
         return Prompt(given, text, fed, shown)
 
+    def behind(self, columns: int) -> Prompt:
+        """The same behind columns that are in the cache, and no tokens of the text."""
+        before, shown = (columns, 0), self.shown
+        return self._replace(
+            text=F.pad(self.text, before, value=-1),
+            fed=F.pad(self.fed, before),
+            shown=None if shown is None else F.pad(shown, before, value=True),
+        )
+
     def row(self, place: int) -> Prompt:
         """One row alone, where nothing is guided."""
         only = slice(place, place + 1)

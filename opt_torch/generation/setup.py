@@ -99,6 +99,10 @@ def settle(
     shown = _shown(ids, asked.attention_mask, merged.padding_id)
     past = _past(model, ids, shown, merged, asked.past_key_values)
     start = _prompt(ids, shown, merged, asked)
+    virtual = _virtual(model, ids, shown)
+    if virtual is not None:
+        _check_virtual(merged, past)
+        past, start = virtual, start.behind(virtual.get_seq_length())
     planned = _plan(merged, model.config, start, ids.shape[1], strategy)
     start = start.repeated(copies)
     return Run(
@@ -233,6 +237,43 @@ def _past(
     if not bool(left.all()):
         raise arguments.past_holds_row(int(left.long().argmin()))
     return past
+
+
+def _virtual(model: Any, ids: Tensor, shown: Tensor) -> Cache | None:
+    """The keys and values of virtual tokens that an adapter of PEFT puts before every text.
+
+    While it generates, such an adapter takes the place of `prepare_inputs_for_generation`.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if prepare is None:
+        return None
+    inputs = prepare(ids, attention_mask=shown.long())
+    embeds = inputs.get("inputs_embeds")
+    if embeds is not None:
+        first = embeds[:, : embeds.shape[1] - ids.shape[1]]
+        inputs = model.model(inputs_embeds=first, use_cache=True, return_dict=True)
+    return Cache.of(inputs.get("past_key_values"), model.config.num_hidden_layers)
+
+
+def _check_virtual(merged: GenerationConfig, past: Cache | None) -> None:
+    """See that all that is asked for knows tokens without ids.
+
+    Raises:
+        ValueError: something does not.
+    """
+    for option, clashes in (
+        ("past_key_values", past is not None),
+        ("use_cache=False", not merged.use_cache),
+        ("guidance_scale", merged.is_guided),
+        ("penalty_alpha", bool(merged.penalty_alpha)),
+        ("output_attentions", merged.output_attentions),
+        ("output_hidden_states", merged.output_hidden_states),
+    ):
+        if clashes:
+            raise ValueError(
+                f"an adapter of virtual tokens does not go with {option}, which knows tokens with "
+                "ids alone; leave one of the two out"
+            )
 
 
 def _repeated_cache(past: Cache, copies: int) -> Cache | None:

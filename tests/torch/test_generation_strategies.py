@@ -311,6 +311,38 @@ def test_an_adapter_generates_by_every_strategy(wing: Wing, strategy: str) -> No
     assert torch.equal(tuned, merged.generate(ids, **asked))
 
 
+@pytest.mark.parametrize("way", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("padded_on_the_left", [False, True])
+def test_virtual_tokens_stand_before_every_text(
+    wing: Wing, way: str, padded_on_the_left: bool
+) -> None:
+    peft: Any = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = getattr(peft, way)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(Subject(wing).model, settings).eval()
+    for weight in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    ids = torch.from_numpy(BATCH.ids if padded_on_the_left else words(2, 4))
+    mask = torch.from_numpy(BATCH.mask) if padded_on_the_left else torch.ones_like(ids)
+    right, longer = ids, mask
+    with torch.no_grad():
+        for _ in range(5):
+            scores = model(input_ids=right, attention_mask=longer).logits[:, -1]
+            right = torch.cat((right, scores.argmax(1, keepdim=True)), 1)
+            longer = torch.cat((longer, torch.ones_like(longer[:, :1])), 1)
+    asked: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None}
+    for more in ({}, {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 1e-9}):
+        found = model.generate(input_ids=ids, attention_mask=mask, **asked, **more)
+        assert torch.equal(found, right)
+    one = model.generate(input_ids=ids[:1], attention_mask=mask[:1], **asked)
+    drafted = model.generate(
+        input_ids=ids[:1], attention_mask=mask[:1], prompt_lookup_num_tokens=2, **asked
+    )
+    assert torch.equal(drafted, one)
+    with pytest.raises(ValueError, match="an adapter of virtual tokens does not go with guidance"):
+        model.generate(input_ids=ids, guidance_scale=2.0, **asked)
+
+
 def test_a_mask_of_every_kind_gives_what_rows_alone_give(subject: Subject) -> None:
     holes = Batch(words(1, 6), np.array([[0, 1, 0, 1, 1, 0]]))
     for strategy in ("beams", "contrastive", "groups"):

@@ -235,8 +235,11 @@ def test_a_key_of_flax_generation_stands_for_a_seed(model: Any) -> None:
         model.generate(IDS, prng_key=jax.random.key(5), seed=5, **options)
 
 
-def test_flax_generation_takes_no_processors_and_needs_no_preparation(model: Any) -> None:
-    with pytest.raises(ValueError, match="logits_processor"):
-        model.generate(IDS, logits_processor=[print])
+def test_flax_generation_takes_functions_and_needs_no_preparation(model: Any) -> None:
+    def favours_seven(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        return scores.at[:, 7].add(1000.0)
+
+    tokens = model.generate(IDS, max_new_tokens=3, logits_processor=[favours_seven])
+    assert (np.asarray(tokens)[:, IDS.shape[1] :] == 7).all()
     assert not hasattr(model, "prepare_inputs_for_generation")
     assert not hasattr(opt_flax, "FlaxLogitsProcessorList")

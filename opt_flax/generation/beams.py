@@ -276,13 +276,19 @@ def _settled(
     )
     if program.groups > 1:
         chosen = lax.dynamic_index_in_dim(taken(found.tokens, stay), length, 2, keepdims=False)
-        V = program.module.config.vocab_size
-        counts = jnp.zeros((len(chosen), V), jnp.float32) if counts is None else counts
-        rows = jnp.arange(len(chosen), dtype=jnp.int32)[:, None]
-        # Also in the last step, which ends all, groups are to differ from each other.
-        runs_on = (exists & ~done[:, None]).astype(jnp.float32)
-        counts = counts.at[rows, chosen].add(runs_on, mode="drop")
+        counts = _counted(program, counts, chosen, exists & ~done[:, None])
     return after, done | is_settled, counts
+
+
+def _counted(program: Program, counts: Array | None, chosen: Array, runs_on: Array) -> Array:
+    """How many beams took each token, `[B, V]`: those of earlier groups, and `[B, k]` more.
+
+    Also in the last step, which ends all beams, groups are to differ from each other.
+    """
+    B, V = len(chosen), program.module.config.vocab_size
+    counts = jnp.zeros((B, V), jnp.float32) if counts is None else counts
+    rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+    return counts.at[rows, chosen].add(runs_on.astype(jnp.float32), mode="drop")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ class Program:
     returned: int = 1
     functions: Functions = field(default_factory=Functions)
     assistant: Program | None = None
+
+    def assisted(self, module: Any, parts: tuple[Any, ...], prompt_room: int) -> Program:
+        """The same with drafts of another module, which is fed the whole prompt by itself."""
+        drafting = replace(self, module=module, parts=parts, prompt_room=prompt_room)
+        return replace(self, assistant=drafting)
 
 
 class Asked(NamedTuple):

@@ -28,7 +28,7 @@ from opt_flax.attention import wide
 from opt_flax.decoder import Cache, is_traced
 from opt_flax.generation.cuts import parts
 from opt_flax.generation.decoding import Asked, Begun, Program
-from opt_flax.generation.rules import functions_of
+from opt_flax.generation.rules import Functions, functions_of
 from opt_flax.models.inputs import checked_ids, parts_of, told
 
 #: Lists of stop tokens are rounded up to multiples of this, so that programs are reused.
@@ -170,18 +170,10 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
     elif call.negative_prompt_ids is not None:
         raise arguments.unused_negative_prompt()
     program = _program(model, asked, planned, strategy, drafts)
-    rows = texts.rows * (program.beams // program.groups)
-    functions = functions_of(
-        call.prefix_allowed_tokens_fn,
-        call.logits_processor,
-        call.stopping_criteria,
-        scores=jax.ShapeDtypeStruct((rows, config.vocab_size), wide(model.module.dtype)),
-        texts=texts.rows * (program.candidates if program.beams > 1 else 1),
-        width=program.width,
-    )
-    program = replace(program, functions=functions)
+    program = replace(program, functions=_functions(call, texts.rows, program, config))
     if call.assistant_model is not None:
-        program = _assisted(program, call.assistant_model, planned)
+        module, room = call.assistant_model.module, prompt_room(planned.prompt_length)
+        program = program.assisted(module, parts_of(module), room)
         params = (params, call.assistant_model.params)
     numbers = _asked(asked, planned, config, program, texts, call.tokenizer)
     begun = _begun(asked, planned, program, texts, numbers, call.tokenizer)
@@ -285,11 +277,16 @@ def _program(
     )
 
 
-def _assisted(program: Program, assistant: Any, planned: Plan) -> Program:
-    """With an assistant, which is fed the whole prompt whatever the model's cache holds."""
-    module, room = assistant.module, prompt_room(planned.prompt_length)
-    drafting = replace(program, module=module, parts=parts_of(module), prompt_room=room)
-    return replace(program, assistant=drafting)
+def _functions(call: Call, rows: int, program: Program, config: OPTConfig) -> Functions:
+    shape = (rows * (program.beams // program.groups), config.vocab_size)
+    return functions_of(
+        call.prefix_allowed_tokens_fn,
+        call.logits_processor,
+        call.stopping_criteria,
+        scores=jax.ShapeDtypeStruct(shape, wide(program.module.dtype)),
+        texts=rows * (program.candidates if program.beams > 1 else 1),
+        width=program.width,
+    )
 
 
 def _asked(

@@ -270,8 +270,8 @@ def candidates_of(
     text = state.tokens[:, group, : state.length].flatten(0, 1)
     if _is_plain(run):
         flat = scores.reshape(B * k, V)
-        whole = flat.float().logsumexp(1, keepdim=True)
-        values, tokens = best(apply_rules(run, flat.float(), Seen(text, run.prompt)), M)
+        whole = flat.logsumexp(1, keepdim=True)
+        values, tokens = best(apply_rules(run, flat, Seen(text, run.prompt)), M)
         sums = (values.double() - whole).view(B, k, -1) + running
         total, order = sums.flatten(1).sort(dim=1, descending=True, stable=True)
         total, order = total[:, :M], order[:, :M]
@@ -298,7 +298,7 @@ def _is_plain(run: Run) -> bool:
 def ruled_logs(run: Run, scores: Tensor, seen: Seen) -> Tensor:
     """Log-probabilities after the rules; guidance has taken the logarithm already."""
     if not run.asked.is_guided:
-        scores = scores.float().log_softmax(1)
+        scores = scores.log_softmax(1)
     return apply_rules(run, scores, seen).double()
 
 

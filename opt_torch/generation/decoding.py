@@ -259,16 +259,18 @@ def last(hidden: Tensor, shown: Tensor | None) -> Tensor:
 
 
 def logits(run: Run, hidden: Tensor) -> Tensor:
-    """Scores of what follows hidden states: `[N, E]` -> `[N, V]`."""
-    if run.packed is not None:
-        return run.packed.head(hidden)
-    return linear(run.model.lm_head, hidden).to(hidden.device)
+    """Scores of what follows hidden states: `[N, E]` -> `[N, V]`, float32 at least."""
+    if run.packed is None:
+        scores = linear(run.model.lm_head, hidden).to(hidden.device)
+    else:
+        scores = run.packed.head(hidden)
+    return scores.float() if scores.itemsize < 4 else scores
 
 
 def guided(run: Run, scores: Tensor) -> Tensor:
     """What the rules begin with: `[R, V]` -> `[B, V]`; classifier-free guidance, 2306.17806."""
     if not run.asked.is_guided:
         return scores
-    following, without = scores.float().log_softmax(1).chunk(2)
+    following, without = scores.log_softmax(1).chunk(2)
     scale = cast(float, run.asked.guidance_scale)
     return without + scale * (following - without)

@@ -158,19 +158,14 @@ def _settled(
     copies = 1 if asked.num_beams > 1 else asked.num_return_sequences
     held = 0 if past is None else past.get_seq_length()
     ids = prompt.numpy().astype(np.int32)
-    B = len(ids) * copies
-
-    def laid(rows: NDArray[Any], more: NDArray[Any] | None) -> NDArray[Any]:
-        both, P = [rows] if more is None else [rows, more], planned.prompt_length
-        # What is narrower stands at the end.
-        wide = [np.pad(some, [(0, 0), (P - some.shape[1], 0)]) for some in both]
-        return np.concatenate([some.repeat(copies, axis=0) for some in wide])
-
-    ids = laid(ids, None if others is None else others.ids)
-    shown = laid(shown, None if others is None else others.shown)
-    functions, V = _functions(call), model.config.vocab_size
+    B, P, V = len(ids) * copies, planned.prompt_length, model.config.vocab_size
+    ids = _laid(ids, None if others is None else others.ids, P, copies)
+    shown = _laid(shown, None if others is None else others.shown, P, copies)
+    functions = _functions(call)
     table, matched = stop_table(asked.stop_strings, call.tokenizer, V, ids, shown, B)
-    setup = Setup(
+    told = _told(model, asked, planned, ids, B, call.tokenizer, table, P - prompt.shape[1])
+    rows = B * asked.num_beams
+    return Setup(
         model=model,
         asked=asked,
         plan=planned,
@@ -180,24 +175,19 @@ def _settled(
         past=None if past is None else past.mapped(partial(tf.repeat, repeats=copies, axis=0)),
         held=held,
         matched=matched,
-        told=_told(
-            model,
-            asked,
-            planned,
-            ids,
-            B,
-            call.tokenizer,
-            table,
-            planned.prompt_length - prompt.shape[1],
-        ),
+        told=told,
         made=_made(asked, functions, call.assistant_model),
         assistant=call.assistant_model,
         compiled=call.compiled,
-        hosted=False,
+        hosted=not all_traced(functions, rows, planned.width, V, call.compiled),
     )
-    rows, W = len(setup.prompt) * asked.num_beams, planned.width
-    is_traced = all_traced(functions, rows, W, V, call.compiled)
-    return setup._replace(hosted=not is_traced)
+
+
+def _laid(rows: NDArray[Any], more: NDArray[Any] | None, P: int, copies: int) -> NDArray[Any]:
+    """Each row so many times, then those without their prompts; narrower ones stand at the end."""
+    both = [rows] if more is None else [rows, more]
+    wide = [np.pad(some, [(0, 0), (P - some.shape[1], 0)]) for some in both]
+    return np.concatenate([some.repeat(copies, axis=0) for some in wide])
 
 
 # --- what is told ------------------------------------------------------------------------------

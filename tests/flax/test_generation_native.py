@@ -19,6 +19,7 @@ from opt_flax import shard
 from opt_flax.generation import cuts, mixin, rules, setup
 from tests.cases import SWITCHES, Batch, batches, padded, random_weights, tiny, words
 from tests.subject import MARGIN, STD, Subject
+from tests.tiny_tokenizer import tiny as tiny_tokenizer
 from tests.wings import Wing
 
 IDS = words(2, 4)
@@ -164,7 +165,16 @@ def test_keys_that_cannot_be_honoured_are_refused(subject: Subject) -> None:
 # In programs of one's own
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "seed": 4},
+        {"num_beams": 3, "num_beam_groups": 3, "diversity_penalty": 0.5},
+        {"penalty_alpha": 0.6, "top_k": 3},
+    ],
+    ids=["greedy", "sampling", "groups", "contrastive"],
+)
 def test_generation_may_be_a_part_of_another_program(subject: Subject, options: Any) -> None:
     asked = {"max_new_tokens": 6, "eos_token_id": [5, 9], "pad_token_id": 1, **options}
     batch = padded([words(1, 7, seed=7)[0], words(1, 3, seed=3)[0]], "left")
@@ -187,11 +197,41 @@ def test_what_a_program_cannot_do_is_refused_in_it(subject: Subject) -> None:
         ({"streamer": print}, "a stream needs values as they come"),
         ({"compiled": False}, "a run without programs needs values as they come"),
         ({"max_new_tokens": 40}, "the longest prompt has 4 tokens and max_new_tokens is 40"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding needs values as they come"),
+        ({"num_beams": 2, "force_words_ids": [[4]]}, "a search for forced words needs values"),
+        (
+            {"output_scores": True, "return_dict_in_generate": True},
+            "what is collected needs values as they come",
+        ),
+        (
+            {"stop_strings": "a", "tokenizer": tiny_tokenizer()},
+            "stop_strings need the prompt's values",
+        ),
     ):
         with pytest.raises(ValueError, match=why):
             jax.jit(lambda ids, given=options: generate(ids, **given))(IDS)
     with pytest.raises(ValueError, match="prng_key is not known inside a compiled program"):
         jax.jit(lambda key: generate(IDS, prng_key=key, do_sample=True))(jax.random.key(0))
+
+
+def test_a_cache_of_a_program_has_no_known_length(subject: Subject) -> None:
+    past = subject.model.generate(IDS, return_dict_in_generate=True).past_key_values
+    ids = words(2, 30)
+    with pytest.raises(ValueError, match="past_key_values of a program that is being compiled"):
+        jax.jit(lambda past: subject.model.generate(ids, past_key_values=past))(past)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 3}, {"prompt_lookup_num_tokens": 2}],
+    ids=["beams", "contrastive", "lookup"],
+)
+def test_scores_that_are_not_numbers_end_every_search(wing: Wing, options: Any) -> None:
+    weights = random_weights(tiny(), Head.CAUSAL_LM, std=STD)
+    weights["model.decoder.layers.1.fc2.bias"][3] = np.nan
+    model = wing.build(Head.CAUSAL_LM, tiny(), weights)
+    with pytest.raises(ValueError, match="scores are NaN after 4 tokens"):
+        model.generate(IDS, max_new_tokens=3, **options)
 
 
 BAD_ROWS: dict[str, tuple[list[int], list[int]]] = {
@@ -240,7 +280,7 @@ def test_keys_and_values_stay_where_they_are(subject: Subject, options: Any) -> 
     program, params, state, asked = started(subject, IDS, **options)
     cache = state.cache if hasattr(state, "cache") else state.decode.cache
     places = {buffer.unsafe_buffer_pointer() for buffer in (*cache.keys, *cache.values)}
-    text = mixin._loop.lower(program, params, state, asked, asked.end).compile().as_text()
+    text = mixin._loop.lower(program, params, state, asked, asked.end).compile().as_text() or ""
     B, H, S, D = cache.keys[0].shape
     assert len(IDS) == B
     buffers = (f"f32[{B * H},{S},{D}]", f"f32[{B},{H},{S},{D}]")

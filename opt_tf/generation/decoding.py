@@ -70,16 +70,13 @@ class Programs:
         if self._model is not None:
             held.insert(0, self._model)
 
-        def run(*tensors: Any) -> Any:
-            nets = (_net(m) if isinstance(m, ref) else m for m in held)
-            return function(*nets, *tensors)
-
         def called(*tensors: Any) -> Any:
-            # TensorFlow warns of one function that is traced for many shapes.
             key = (function, compiled, *map(_key, made), _shapes(tensors))
             found = self._made.get(key)
             if found is None:
-                fresh = tf.function(run, jit_compile=compiled, autograph=False)
+                # One for each shape, and partial: TensorFlow warns of code that it traces often.
+                whole = partial(_run, function, held)
+                fresh = tf.function(whole, jit_compile=compiled, autograph=False)
                 found = self._made.setdefault(key, fresh)
                 while len(self._made) > _MOST_PROGRAMS:
                     self._made.pop(next(iter(self._made)))
@@ -112,6 +109,10 @@ _PROGRAMS: WeakKeyDictionary[Any, Programs] = WeakKeyDictionary()
 
 def _key(made: Any) -> Any:
     return (keyed(made.functions), *made[1:]) if isinstance(made, Made) else made
+
+
+def _run(function: Callable[..., Any], held: Sequence[Any], *tensors: Any) -> Any:
+    return function(*(_net(m) if isinstance(m, ref) else m for m in held), *tensors)
 
 
 def _net(model: ref[Any]) -> Net:

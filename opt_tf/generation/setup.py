@@ -135,10 +135,10 @@ def settle(
         _check_assistant(asked, config.vocab_size, call.assistant_model.config.vocab_size)
     prompt = _prompt(call.input_ids, asked, config.vocab_size)
     shown = _shown(prompt, call.attention_mask, asked.padding_id)
-    past = _past(call, config, asked, tuple(prompt.shape))
+    past = _past(call, config, asked, shown)
     held = 0 if past is None else past.get_seq_length()
     ids = prompt.numpy().astype(np.int32)
-    others = _unguided(call, asked, config.vocab_size, ids, shown) if asked.is_guided else None
+    others = _unguided(call, asked, config.vocab_size, ids, shown)
     drafts = _drafts(asked, call.assistant_model)
     planned = _planned(asked, config, shown, others, held, drafts)
     return _settled(model, call, asked, planned, prompt, shown, others, past)
@@ -308,20 +308,20 @@ def _unguided(
     vocab_size: int,
     ids: NDArray[np.int32],
     shown: NDArray[np.bool_],
-) -> _Rows:
+) -> _Rows | None:
     """Each row without its prompt: its last real token alone, or the negative prompt."""
+    if not asked.is_guided:
+        if call.negative_prompt_ids is not None:
+            raise arguments.unused_negative_prompt()
+        return None
     if call.negative_prompt_ids is None:
         last = np.where(shown, np.arange(shown.shape[1]), 0).max(axis=1)
         alone = ids[np.arange(len(ids)), last][:, None]
         return _Rows(alone, np.ones(alone.shape, np.bool_))
     prompt = _prompt(call.negative_prompt_ids, asked, vocab_size)
+    arguments.check_negative_prompt(tuple(prompt.shape), len(ids))
     also = _shown(prompt, call.negative_prompt_attention_mask, asked.padding_id)
-    rows = prompt.numpy().astype(np.int32)
-    if len(rows) == 1:
-        rows, also = rows.repeat(len(ids), axis=0), also.repeat(len(ids), axis=0)
-    if len(rows) != len(ids):
-        raise ValueError(f"negative_prompt_ids hold {len(rows)} rows, but input_ids {len(ids)}")
-    return _Rows(rows, also)
+    return _Rows(prompt.numpy().astype(np.int32), also)
 
 
 def _planned(
@@ -355,20 +355,23 @@ def _planned(
 
 
 def _past(
-    call: Given, config: Any, asked: GenerationConfig, shape: tuple[int, ...]
+    call: Given, config: Any, asked: GenerationConfig, shown: NDArray[np.bool_]
 ) -> Cache | None:
     """The cache of an earlier call, if what it lacks is not needed: hidden states, other rows."""
     past = Cache.of(call.past_key_values, config.num_hidden_layers)
     if past is None:
         return None
-    arguments.check_past(past.get_seq_length(), int(past.keys[0].shape[0]), shape)
+    held = past.get_seq_length()
+    arguments.check_past(held, int(past.keys[0].shape[0]), shown.shape)
     is_contrastive = asked.strategy is Strategy.CONTRASTIVE
     options = ("penalty_alpha", "guidance_scale", "use_cache")
     asks = (is_contrastive, asked.is_guided, not asked.use_cache)
     for option, needs_more in zip(options, asks, strict=True):
         if needs_more:
             raise arguments.past_without(option)
-    return past.counted()
+    if not (goes_on := shown[:, held:].any(axis=1)).all():
+        raise arguments.past_holds_row(int(goes_on.argmin()))
+    return past.counted() if held else None
 
 
 def _check_assistant(asked: GenerationConfig, vocab_size: int, drafts: int) -> None:

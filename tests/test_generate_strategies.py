@@ -23,6 +23,11 @@ def subject(wing: Wing) -> Subject:
 
 
 @pytest.fixture(scope="module")
+def light(wing: Wing) -> Subject:
+    return Subject(wing, lightly=True)
+
+
+@pytest.fixture(scope="module")
 def assistant(wing: Wing) -> Subject:
     """A smaller model of the same vocabulary."""
     return Subject(wing, seed=1, num_hidden_layers=1)
@@ -66,27 +71,27 @@ IDS = words(ROWS, COLUMNS)
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_drafts_of_any_assistant_change_no_token(
-    subject: Subject, assistant: Subject, sampled: bool
+    light: Subject, assistant: Subject, sampled: bool
 ) -> None:
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None}
     options |= {"do_sample": True, "seed": [4, 5, 6], "top_k": 10} if sampled else {}
-    plain = subject.right(IDS, **options)
-    for drafting in (assistant.model, subject.model):
-        found = subject.generate(IDS, assistant_model=drafting, num_assistant_tokens=3, **options)
+    plain = light.right(IDS, **options)
+    for drafting in (assistant.model, light.model):
+        found = light.generate(IDS, assistant_model=drafting, num_assistant_tokens=3, **options)
         np.testing.assert_array_equal(found, plain)
 
 
-def test_an_assistant_of_another_vocabulary_is_refused(subject: Subject, wing: Wing) -> None:
+def test_an_assistant_of_another_vocabulary_is_refused(light: Subject, wing: Wing) -> None:
     other = Subject(wing, vocab_size=41)
     with pytest.raises(ValueError, match="assistant_model has a vocabulary of 41, the model one"):
-        subject.generate(IDS, assistant_model=other.model)
+        light.generate(IDS, assistant_model=other.model)
     with pytest.raises(ValueError, match="drafts for greedy choice and sampling, not for beams"):
-        subject.generate(IDS, assistant_model=subject.model, num_beams=2)
+        light.generate(IDS, assistant_model=light.model, num_beams=2)
 
 
-def test_an_assistant_is_left_as_it_was(subject: Subject, assistant: Subject) -> None:
+def test_an_assistant_is_left_as_it_was(light: Subject, assistant: Subject) -> None:
     before = assistant.model.generation_config.to_dict()
-    subject.generate(IDS[:1], assistant_model=assistant.model, max_new_tokens=NEW, eos_token_id=7)
+    light.generate(IDS[:1], assistant_model=assistant.model, max_new_tokens=NEW, eos_token_id=7)
     assert assistant.model.generation_config.to_dict() == before
 
 
@@ -103,15 +108,15 @@ def test_an_assistant_is_left_as_it_was(subject: Subject, assistant: Subject) ->
     ids=["sampling", "beam sampling", "lookup"],
 )
 def test_each_text_has_its_own_seed_wherever_it_stands(
-    subject: Subject, strategy: dict[str, Any]
+    light: Subject, strategy: dict[str, Any]
 ) -> None:
     """Beam sampling takes one for each text, not for each beam."""
     options = {"max_new_tokens": NEW, "eos_token_id": STOPS, "pad_token_id": 1, **strategy}
-    one = subject.generate(IDS, seed=[7, 8, 9], **options)
-    np.testing.assert_array_equal(subject.generate(IDS, seed=[7, 8, 9], **options), one)
-    other = subject.generate(IDS[::-1], seed=[9, 8, 7], **options)
+    one = light.generate(IDS, seed=[7, 8, 9], **options)
+    np.testing.assert_array_equal(light.generate(IDS, seed=[7, 8, 9], **options), one)
+    other = light.generate(IDS[::-1], seed=[9, 8, 7], **options)
     np.testing.assert_array_equal(other, one[::-1])
-    same = subject.generate(IDS[[0, 0, 0]], seed=[7, 7, 7], **options)
+    same = light.generate(IDS[[0, 0, 0]], seed=[7, 7, 7], **options)
     np.testing.assert_array_equal(same, np.repeat(same[:1], 3, axis=0))
     np.testing.assert_array_equal(same[0, : one.shape[1]], one[0, : same.shape[1]])
 
@@ -145,32 +150,32 @@ def test_scores_that_are_not_numbers_may_be_taken_as_0(broken: Subject) -> None:
 @pytest.fixture(scope="module")
 def broken(wing: Wing) -> Subject:
     """A model that computes nothing but NaN."""
-    subject = Subject(wing)
+    subject = Subject(wing, lightly=True)
     weights = random_weights(tiny(), Head.CAUSAL_LM, std=STD)
     weights["model.decoder.layers.1.fc2.bias"][:] = np.nan
     subject.model = wing.build(Head.CAUSAL_LM, tiny(), weights)
     return subject
 
 
-def test_a_text_for_which_every_token_is_forbidden_is_an_error(subject: Subject) -> None:
+def test_a_text_for_which_every_token_is_forbidden_is_an_error(light: Subject) -> None:
     with pytest.raises(ValueError, match=r"no token may be chosen after \d+ tokens"):
-        subject.generate(IDS, max_new_tokens=2, suppress_tokens=list(range(40)))
+        light.generate(IDS, max_new_tokens=2, suppress_tokens=list(range(40)))
 
 
-def test_options_that_contradict_each_other_are_refused(subject: Subject) -> None:
+def test_options_that_contradict_each_other_are_refused(light: Subject) -> None:
     with pytest.raises(ValueError, match="num_beams is 3, which 2 groups"):
-        subject.generate(IDS, num_beams=3, num_beam_groups=2, diversity_penalty=1.0)
+        light.generate(IDS, num_beams=3, num_beam_groups=2, diversity_penalty=1.0)
     with pytest.raises(ValueError, match="output_scores needs the record"):
-        subject.generate(IDS, output_scores=True)
+        light.generate(IDS, output_scores=True)
 
 
-def test_beams_find_a_text_no_less_likely_than_greedy_choice(subject: Subject) -> None:
+def test_beams_find_a_text_no_less_likely_than_greedy_choice(light: Subject) -> None:
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None}
-    greedy = subject.generate(IDS, **options)
-    found = subject.generate(IDS, num_beams=3, num_return_sequences=3, **options)
+    greedy = light.generate(IDS, **options)
+    found = light.generate(IDS, num_beams=3, num_return_sequences=3, **options)
 
     def likelihood(tokens: Any) -> Any:
-        logits = subject.wing.call(subject.model, input_ids=tokens).logits.astype(np.float64)
+        logits = light.wing.call(light.model, input_ids=tokens).logits.astype(np.float64)
         sums = np.log(np.exp(logits).sum(-1, keepdims=True))
         chosen = np.take_along_axis(logits - sums, np.roll(tokens, -1, 1)[..., None], -1)
         return chosen[:, COLUMNS - 1 : -1, 0].sum(1)
@@ -181,9 +186,9 @@ def test_beams_find_a_text_no_less_likely_than_greedy_choice(subject: Subject) -
     assert len({tuple(row) for row in found.tolist()}) == 3 * ROWS
 
 
-def test_a_forced_word_comes_also_where_the_prompt_holds_it(subject: Subject) -> None:
+def test_a_forced_word_comes_also_where_the_prompt_holds_it(light: Subject) -> None:
     word = [int(token) for token in IDS[0, 2:4]]
-    found = subject.generate(
+    found = light.generate(
         IDS[:1], num_beams=3, force_words_ids=[word], max_new_tokens=NEW, eos_token_id=None
     )
     tokens = found[0, COLUMNS:].tolist()

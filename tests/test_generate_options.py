@@ -1,14 +1,19 @@
 """What may be asked of generation besides its tokens: records, streams, guards, refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from opt_core.generation import GenerationConfig
+from opt_core import TextIteratorStreamer, TextStreamer
+from opt_core.generation import OPTIONS, GenerationConfig
 from opt_core.weights import Head
 from tests.cases import padded, random_weights, tiny, words
 from tests.subject import STD, Subject
+from tests.tiny_tokenizer import VOCABULARY
+from tests.tiny_tokenizer import tiny as tiny_tokenizer
 from tests.wings import Wing
 
 TEXTS = [words(1, count, seed=count)[0] for count in (7, 1, 4)]
@@ -16,7 +21,7 @@ TEXTS = [words(1, count, seed=count)[0] for count in (7, 1, 4)]
 
 @pytest.fixture(scope="module")
 def subject(wing: Wing) -> Subject:
-    return Subject(wing)
+    return Subject(wing, lightly=True)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -101,12 +106,58 @@ def test_a_streamer_gets_the_prompt_the_tokens_and_the_end(subject: Subject) -> 
     np.testing.assert_array_equal(np.stack(heard, axis=1), found[:, 4:])
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}])
-def test_a_stream_yields_the_tokens_of_every_step(subject: Subject, options: Any) -> None:
-    ids = words(2, 4)
+STREAMED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "seed": 3},
+    "contrastive": {"penalty_alpha": 0.4, "top_k": 4},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("strategy", STREAMED)
+def test_a_stream_yields_the_tokens_of_every_step(subject: Subject, strategy: str) -> None:
+    """Drafts can be streamed for one row: rows run one after the other."""
+    ids, options = words(1 if strategy == "lookup" else 2, 4), STREAMED[strategy]
     steps = list(subject.wing.stream(subject.model, ids, max_new_tokens=6, **options))
     found = subject.generate(ids, max_new_tokens=6, **options)
     np.testing.assert_array_equal(np.stack(steps, axis=1), found[:, 4:])
+
+
+def test_a_stream_may_take_several_tokens_from_each_program(subject: Subject) -> None:
+    if not subject.wing.traces:
+        pytest.skip("PyTorch chooses one token at a time")
+    steps = subject.wing.stream(subject.model, words(2, 4), max_new_tokens=7, chunk=3)
+    found = subject.generate(words(2, 4), max_new_tokens=7)
+    np.testing.assert_array_equal(np.stack(list(steps), axis=1), found[:, 4:])
+
+
+def test_what_settles_late_cannot_be_streamed(subject: Subject) -> None:
+    def heard(tokens: Any) -> None:
+        raise AssertionError("nothing is settled yet")
+
+    with pytest.raises(ValueError, match="beams settle at the end, so there is nothing to stream"):
+        next(subject.wing.stream(subject.model, words(1, 4), num_beams=2))
+    with pytest.raises(ValueError, match="beams settle at the end, so there is nothing to stream"):
+        subject.generate(words(1, 4), num_beams=2, streamer=heard)
+    with pytest.raises(ValueError, match="runs its 2 rows one after the other"):
+        next(subject.wing.stream(subject.model, words(2, 4), prompt_lookup_num_tokens=2))
+
+
+def test_text_is_streamed_by_every_framework(wing: Wing) -> None:
+    subject = Subject(wing, lightly=True, vocab_size=len(VOCABULARY))
+    tokenizer, ids = tiny_tokenizer(), words(1, 4)
+    pieces: list[str] = []
+    streamer = TextStreamer(tokenizer, skip_special_tokens=False, on_text=pieces.append)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None}
+    found = subject.generate(ids, streamer=streamer, **asked)
+    right = tokenizer.decode(found[0], clean_up_tokenization_spaces=False)
+    assert "".join(pieces) == right
+    later = TextIteratorStreamer(tokenizer, skip_special_tokens=False, timeout=60)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(subject.generate, ids, streamer=later, **asked)
+        assert "".join(later) == right
+    with pytest.raises(ValueError, match="shows one text, and this prompt has 2 rows"):
+        subject.generate(words(2, 4), streamer=streamer)
 
 
 def test_a_stream_may_be_left_before_its_end(subject: Subject) -> None:
@@ -164,6 +215,11 @@ def test_scores_that_are_not_numbers_are_an_error(wing: Wing) -> None:
     for options in ({}, {"do_sample": True, "seed": 0}):
         with pytest.raises(ValueError, match="scores are NaN after 4 tokens; do the weights hold"):
             wing.generate(model, words(1, 4), max_new_tokens=3, **options)
+
+
+def test_every_option_stands_on_the_page_about_decoding() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
+    assert [name for name in OPTIONS if f"`{name}`" not in page and f"{name}=" not in page] == []
 
 
 def test_sampling_options_without_sampling_are_named_in_a_warning(subject: Subject) -> None:

@@ -16,6 +16,7 @@ from opt_flax.generation import cuts
 from opt_flax.generation.cuts import Double
 from opt_flax.generation.decoding import (
     NAN,
+    NOTHING,
     Asked,
     Begun,
     Program,
@@ -270,14 +271,17 @@ def _settled(
     best = jnp.where(exists, high + low, _NOWHERE).max(1)
     worst = pool_scores.min(1)
     is_settled = (early == 1) | (_scaled(best, longest, penalty) <= worst)
-    is_settled = ~exists.any(1) | ((worst > _NOWHERE) & is_settled)
+    is_empty = ~exists.any(1)
+    is_done = done | is_empty | ((worst > _NOWHERE) & is_settled)
+    # While one text goes on, others that wait for it may still find something better.
+    is_done = jnp.where(early == 3, is_done.all() | is_empty, is_done)
     after = jax.tree.map(
         lambda new, old: jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), old, new), after, group
     )
     if program.groups > 1:
         chosen = lax.dynamic_index_in_dim(taken(found.tokens, stay), length, 2, keepdims=False)
         counts = _counted(program, counts, chosen, exists & ~done[:, None])
-    return after, done | is_settled, counts
+    return after, is_done, counts
 
 
 def _counted(program: Program, counts: Array | None, chosen: Array, runs_on: Array) -> Array:
@@ -335,11 +339,14 @@ def found(program: Program, state: State, asked: Asked) -> Found:
     if program.groups > 1:
         tokens = _first_stops(tokens, asked)
     columns = jnp.arange(tokens.shape[2], dtype=jnp.int32)
-    # A search that broke off, or a sequence that there is none of, shows it.
-    is_broken = (newest(state) <= NAN).any(1)[:, None, None]
-    nothing = jnp.where(is_broken, NAN, jnp.where((scores == _NOWHERE)[..., None], NAN - 1, tokens))
-    tokens = jnp.where(columns[None, None] >= asked.first, nothing, tokens)
+    # A search that broke off, or found nothing, shows it; what does not exist is empty.
+    is_broken, is_there = (newest(state) <= NAN).any(1)[:, None], scores > _NOWHERE
+    empty = jnp.where(is_there.any(1, keepdims=True), asked.fill, NOTHING)
+    empty = jnp.where(is_broken, NAN, empty)[..., None]  # [B, 1, 1]
+    is_empty = (is_broken | ~is_there)[..., None] & (columns >= asked.first)[None, None]
+    tokens = jnp.where(is_empty, empty, tokens)
     lengths, slots = taken(state.pool_lengths, chosen), taken(state.pool_slots, chosen)
+    lengths = jnp.where(is_there, lengths, 0)
     return Found(*(_joined(x) for x in (tokens, scores, lengths, slots, chosen)))
 
 

@@ -14,7 +14,7 @@ from opt_core import arguments
 from opt_core.outputs import GenerateOutput
 from opt_flax.decoder import Cache, is_traced
 from opt_flax.generation import beams
-from opt_flax.generation.decoding import NAN, NOTHING, Seen, voided
+from opt_flax.generation.decoding import NAN, Seen, voided
 from opt_flax.generation.setup import Run
 
 
@@ -48,11 +48,8 @@ def of_beams(run: Run, state: beams.State, seen: tuple[Seen, ...]) -> Outcome:
         return Outcome(found.tokens, state.length, None)
     tokens, scores, counts, slots, places = map(np.asarray, found)
     P, K, k = run.plan.prompt_length, run.program.beams, run.program.beams // run.program.groups
-    is_there = (tokens[:, P] != NOTHING) & (counts > 0) | (tokens[:, P] == NAN)
     texts = np.arange(len(tokens)) // run.program.returned
-    for text in range(run.texts.rows):
-        if not is_there[texts == text].any():
-            raise arguments.no_token_left(int(run.texts.shown[text].sum()))
+    check(run, tokens[:: run.program.returned])
     columns = np.arange(tokens.shape[1])
     # A token was chosen from the beam that the one before it was fed as.
     before = np.roll((slots - P) % K, 1, axis=1)
@@ -61,11 +58,8 @@ def of_beams(run: Run, state: beams.State, seen: tuple[Seen, ...]) -> Outcome:
     paths = np.where(is_new, texts[:, None] * K + before, -1)
     cache = None
     if run.program.keeps_cache and run.generation.return_dict_in_generate:
-        rows = texts[is_there].astype(np.int32)
-        cache = beams.gathered(state.cache, rows, slots[is_there], run.asked.first)
-    length = P + int(counts[is_there].max())
-    chosen = (tokens[is_there], length, cache, seen, scores[is_there], paths[is_there])
-    return Outcome(*chosen)
+        cache = beams.gathered(state.cache, texts.astype(np.int32), slots, run.asked.first)
+    return Outcome(tokens, P + int(counts.max()), cache, seen, scores, paths)
 
 
 def check(run: Run, tokens: Any) -> None:
@@ -127,10 +121,7 @@ def record(model: Any, run: Run, outcome: Outcome) -> Array | GenerateOutput:
 
 def _texts(run: Run, outcome: Outcome) -> NDArray[Any]:
     """The text of every returned sequence."""
-    if outcome.paths is None:
-        return np.arange(len(outcome.tokens))
-    texts: NDArray[Any] = outcome.paths[:, run.plan.prompt_length] // run.program.beams
-    return texts
+    return np.arange(len(outcome.tokens)) // (len(outcome.tokens) // run.texts.rows)
 
 
 def _passed_again(model: Any, run: Run, outcome: Outcome, result: Array) -> dict[str, Any]:

@@ -124,23 +124,26 @@ def _found(
     run: Run, texts: list[ForcedWords], state: beams.State, seen: tuple[Seen, ...]
 ) -> Outcome:
     P, K, W = run.plan.prompt_length, run.program.beams, run.program.width
-    found: list[tuple[int, Hypothesis]] = []
+    returned, found = run.program.returned, list[tuple[int, int, Hypothesis]]()
     for row, text in enumerate(texts):
-        best = text.results(run.generation.num_return_sequences)
+        best = text.results(returned)
         if not best:
             raise arguments.no_token_left(int(run.texts.shown[row].sum()))
-        found += [(row, one) for one in best]
-    tokens = np.full((len(found), W), run.generation.fill, np.int32)
-    paths, slots = np.full((2, len(found), W), -1, np.int32)
-    for place, (row, one) in enumerate(found):
+        found += [(row * returned + rank, row, one) for rank, one in enumerate(best)]
+    rows = len(texts) * returned
+    # What does not exist is empty.
+    tokens = np.full((rows, W), run.generation.fill, np.int32)
+    paths, slots = np.full((2, rows, W), -1, np.int32)
+    scores = np.full(rows, -np.inf, np.float32)
+    for place, row, one in found:
+        scores[place] = one.score
         count = len(one.tokens)
         tokens[place, P : P + count] = one.tokens
         paths[place, P : P + count] = row * K + np.array(one.path)
         slots[place, P : P + count - 1] = P + np.arange(count - 1) * K + np.array(one.path[1:])
     cache: Any = None
     if run.program.keeps_cache and run.generation.return_dict_in_generate:
-        rows = np.array([row for row, _ in found], np.int32)
-        cache = beams.gathered(state.cache, rows, np.maximum(slots, 0), run.asked.first)
-    length = P + max(len(one.tokens) for _, one in found)
-    scores = np.array([one.score for _, one in found], np.float32)
+        of_rows = (np.arange(rows) // returned).astype(np.int32)
+        cache = beams.gathered(state.cache, of_rows, np.maximum(slots, 0), run.asked.first)
+    length = P + max(len(one.tokens) for *_, one in found)
     return Outcome(tokens, length, cache, seen, scores, paths)

@@ -35,8 +35,8 @@ from opt_flax.models.inputs import checked_ids, parts_of, told
 _STOPS = 8
 #: A number as programs take it.
 _REAL: Any = np.float32
-#: `early_stopping` as a number.
-_EARLY = {False: 0, True: 1, "never": 2}
+#: `early_stopping` as a number; 3 for `waits_for_batch`.
+_EARLY: dict[Any, int] = {None: 0, False: 0, True: 1, "never": 2}
 
 
 class Run(NamedTuple):
@@ -198,12 +198,9 @@ def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
             )
         held = int(past.length)
         arguments.check_past(held, len(past.keys[0]), tuple(ids.shape))
-        for option, conflicts in (
-            ("guidance_scale", asked.is_guided),
-            ("penalty_alpha", bool(asked.penalty_alpha)),
-            ("use_cache=False", not asked.use_cache),
-        ):
-            if conflicts:
+        fed_again = {"guidance_scale": asked.is_guided, "penalty_alpha": asked.penalty_alpha}
+        for option, is_given in {**fed_again, "use_cache=False": not asked.use_cache}.items():
+            if is_given:
                 raise arguments.past_without(option)
         if not is_traced(shown) and not (real := shown[:, held:].any(1)).all():
             raise arguments.past_holds_row(int(real.argmin()))
@@ -318,7 +315,7 @@ def _asked(
         table: Any = _table(asked, tokenizer, V).after
         result = result._replace(table=table)
     if asked.num_beams > 1:
-        early = whole(_EARLY[asked.early_stopping])
+        early = whole(3 if asked.waits_for_batch else _EARLY[asked.early_stopping])
         result = result._replace(ranking=(early, _REAL(asked.length_penalty)))
     if asked.penalty_alpha:
         result = result._replace(alpha=_REAL(asked.penalty_alpha))

@@ -50,7 +50,7 @@ STRATEGIES: Mapping[str, st.SearchStrategy[Options]] = {
         num_beams=3,
         num_return_sequences=3,
         length_penalty=_one(-1.0, 0.0, 0.5, 1.0, 2.0),
-        early_stopping=_one(True, False, "never"),
+        early_stopping=_one(True, None, False, "never"),
     ),
     "beam sampling": _of(num_beams=3, num_return_sequences=2, **_DRAWN),
     "groups": _of(

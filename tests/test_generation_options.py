@@ -58,7 +58,7 @@ CONFIG = OPTConfig(
         ("sequence_bias", [[[3], float("inf")]], "a list of [token ids, bias] or a mapping"),
         ("force_words_ids", [[[3], []]], "a list of lists of token ids (or of lists of such"),
         ("exponential_decay_length_penalty", [1], "[the new token it starts at, a factor above 0]"),
-        ("early_stopping", "sometimes", 'True, False or "never"'),
+        ("early_stopping", "sometimes", 'True, False, "never" or None'),
         ("length_penalty", None, "a number"),
         ("num_beams", 0, "a whole number of at least 1"),
         ("penalty_alpha", 1.1, "a number from 0 to 1 or None"),

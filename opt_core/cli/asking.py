@@ -84,8 +84,8 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
             "early_stopping",
             _early,
             "{true,false,never}",
-            "when enough have ended: stop at once, when none is likely to be better, or when none "
-            "can be (false)",
+            "when enough have ended: stop at once, when none is likely to be better (as without "
+            "this option), or when none can be",
         ),
         Flag("num_return_sequences", int, "N", "show so many, also of drawn texts (1)"),
         Flag("num_beam_groups", int, "N", "search in so many groups that avoid each other"),

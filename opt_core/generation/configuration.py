@@ -90,7 +90,7 @@ class GenerationConfig:
     num_beam_groups: int
     diversity_penalty: float | None
     length_penalty: float
-    early_stopping: bool | str
+    early_stopping: bool | str | None
     force_words_ids: list[Any] | None
     penalty_alpha: float | None
     prompt_lookup_num_tokens: int | None
@@ -211,6 +211,11 @@ class GenerationConfig:
         return tuple(name for name, is_active in active.items() if is_active)
 
     @property
+    def waits_for_batch(self) -> bool:
+        """Whether texts search on until all are done, as an explicit False says in transformers."""
+        return self.early_stopping is False and self.num_beam_groups == 1
+
+    @property
     def kept_tokens(self) -> int:
         """How many tokens every cut leaves at least: with beams enough that one goes on."""
         return 1 + max(1, len(self.stops)) if self.num_beams > 1 else 1
@@ -260,7 +265,7 @@ class GenerationConfig:
     def _warn_of_idle(self, options: Mapping[str, Any]) -> None:
         waits = (self.do_sample, self.do_sample or bool(self.penalty_alpha), self.num_beams > 1)
         for (names, need), is_met in zip(_IDLE, waits, strict=True):
-            idle = [n for n in names if options.get(n) not in (None, OPTIONS[n][0])]
+            idle = [n for n in names if options.get(n) not in (None, False, OPTIONS[n][0])]
             if idle and not is_met:
                 warnings.warn(f"{' and '.join(idle)} changes nothing without {need}", stacklevel=4)
 

@@ -130,8 +130,8 @@ OPTIONS: Mapping[str, tuple[Any, Rule]] = {
     "diversity_penalty": (0.0, _or_none("a number", _is_real)),
     "length_penalty": (1.0, Rule("a number", _is_real)),
     "early_stopping": (
-        False,
-        Rule('True, False or "never"', lambda v: isinstance(v, bool) or v == "never"),
+        None,
+        _or_none('True, False, "never"', lambda v: isinstance(v, bool) or v == "never"),
     ),
     "force_words_ids": (
         None,

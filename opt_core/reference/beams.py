@@ -71,6 +71,11 @@ class Group:
         self.beams = self._filled(running[: self.size])
         self.is_done = not running or self._is_settled()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs on."""
+        return self.beams[0].score == -np.inf
+
     def _keep(self, beam: Beam) -> None:
         score = beam.score / len(beam.tokens) ** self.run.asked.length_penalty
         found = [*self.pool, Hypothesis(score, beam.tokens, beam.path, True)]
@@ -101,7 +106,9 @@ def candidate_count(run: Run, size: int) -> int:
 
 
 def search(run: Run) -> Searched:
-    """Search every text with `num_beams` beams; each text decides for itself when it is done.
+    """Search every text with `num_beams` beams, until it is done.
+
+    Each text decides for itself; with `waits_for_batch` all search on until all are done.
 
     A step adds to each beam's sum the processed log-probability of every token. The best M of
     these (beam, token) pairs are candidates (see `candidate_count`), of equals the one with the
@@ -129,8 +136,12 @@ def search(run: Run) -> Searched:
         for name, one in zip((result.scores, result.logits), zip(*found, strict=True), strict=True):
             # [B, G, K / G, V] in the order of the beams of each text.
             name.append(np.stack(one, axis=1).reshape(len(texts) * asked.num_beams, -1))
-        if all(group.is_done for text in texts for group in text):
+        groups = [group for text in texts for group in text]
+        if all(group.is_done for group in groups):
             break
+        for group in groups:
+            # Some text is not done: the others may still find better ones while they wait.
+            group.is_done &= not asked.waits_for_batch or group.is_empty
     for row, text in enumerate(texts):
         best = sorted((one for group in text for one in group.pool), key=lambda one: -one.score)
         if not best:

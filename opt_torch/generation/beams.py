@@ -212,7 +212,12 @@ def _settle_group(
     done = worst > -torch.inf
     if asked.early_stopping is not True:
         done = done & (highest / length**asked.length_penalty <= worst)
-    return _Group(running, pool, was_done | done | (highest == -torch.inf), taken)
+    is_dead = highest == -torch.inf
+    done = was_done | done | is_dead
+    if asked.waits_for_batch:
+        # While one text goes on, the others may still find something better.
+        done = done.all() | is_dead
+    return _Group(running, pool, done, taken)
 
 
 def _pooled(

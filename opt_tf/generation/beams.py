@@ -157,7 +157,7 @@ def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
         if taken is not None:
             counted = tf.one_hot(one.taken, V, dtype=tf.float64)
             taken += tf.reduce_sum(counted, axis=1, keepdims=True)
-    joined = Step(*map(_beside, *steps))
+    joined = _waiting(Step(*map(_beside, *steps)), told)
     seen: tuple[Tensor, ...] = ()
     if made.collects:
         seen = (
@@ -176,6 +176,15 @@ def log_probabilities(scores: Tensor, B: int, told: Told) -> Tensor:
     else:
         logs = guided(flat, told)
     return tf.reshape(logs, (B, K, V))
+
+
+def _waiting(step: Step, told: Told) -> Step:
+    """The step in which texts that wait for the batch search on, if that was asked for."""
+    *_, waits = told.numbers
+    B, groups = step.done.shape
+    runs_on = tf.reduce_any(tf.reshape(step.scores, (B, groups, -1)) > -np.inf, axis=2)
+    goes_on = waits & ~tf.reduce_all(step.done) & runs_on
+    return step._replace(done=step.done & ~goes_on)
 
 
 def _beside(*parts: Tensor) -> Tensor:
@@ -266,7 +275,7 @@ def _pooled(
     """The scores of a group's pool, where each comes from, and whether the group is done."""
     k = own.stop - own.start
     n = tf.cast(state.length + 1 - told.start, tf.float64)
-    penalty, is_eager, counts_on = told.numbers
+    penalty, is_eager, counts_on, _ = told.numbers
     old, was = state.pool_scores[:, own], state.done[:, group]
     may = ends[:, :k] & ~was[:, None]
     lowest = tf.constant(-np.inf, tf.float64)

@@ -235,6 +235,7 @@ def _numbers(asked: GenerationConfig) -> tuple[Tensor, ...]:
         tf.constant(asked.early_stopping is True),
         # Whether a beam is held to what it could still become, not to what it is.
         tf.constant(asked.early_stopping == "never" and asked.length_penalty > 0),
+        tf.constant(asked.waits_for_batch),
     )
 
 

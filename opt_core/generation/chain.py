@@ -14,6 +14,8 @@ from opt_core.generation.planning import Plan
 #: What a rule takes: arrays, in the order of the table below.
 Given = Mapping[str, tuple[npt.NDArray[Any], ...]]
 
+_Take = Callable[[], tuple[npt.NDArray[Any], ...]]
+
 #: Every rule in the order in which scores pass through them, and what it takes. Columns count from
 #: the start of `DecodeState.tokens`, so that column P is the first new token.
 #:
@@ -75,56 +77,68 @@ def given(asked: GenerationConfig, planned: Plan, *, vocab_size: int, known: int
 
     `known` is the number of ids that may be chosen; an attached tokenizer knows no others.
     """
-    P, kept = planned.prompt_length, asked.kept_tokens
-    end = P + planned.max_new_tokens
+    takes = {**_takes(asked, planned, vocab_size), **_cuts(asked)}
+    names = {*asked.rules, *(STEADY if asked.do_sample else ())}
+    return {"vocabulary": (_whole(known),)} | {n: takes[n]() for n in ORDER if n in names}
+
+
+def _takes(asked: GenerationConfig, planned: Plan, vocab_size: int) -> dict[str, _Take]:
+    P = planned.prompt_length
+    last = P + planned.max_new_tokens - 1
+    start, factor = asked.exponential_decay_length_penalty or (0, 1.0)
 
     def chosen(tokens: Iterable[int]) -> npt.NDArray[np.bool_]:
         result = np.zeros(vocab_size, np.bool_)
         result[list(tokens)] = True
         return result
 
-    def number(value: float | None, neutral: float = 0.0) -> npt.NDArray[np.float64]:
-        return np.array(neutral if value is None else value, np.float64)
-
-    def whole(value: int) -> npt.NDArray[np.int32]:
-        return np.array(value, np.int32)
-
-    def cut(value: float | None, neutral: float = 0.0) -> tuple[npt.NDArray[Any], ...]:
-        return number(value, neutral), whole(kept)
-
-    start, factor = asked.exponential_decay_length_penalty or (0, 1.0)
-    takes: dict[str, Callable[[], tuple[npt.NDArray[Any], ...]]] = {
+    return {
         "sequence_bias": lambda: _sequences(asked.sequence_bias or ()),
-        "diversity_penalty": lambda: (number(asked.diversity_penalty),),
-        "repetition_penalty": lambda: (number(asked.repetition_penalty, 1.0),),
-        "no_repeat_ngram_size": lambda: (whole(asked.no_repeat_ngram_size or 0),),
+        "diversity_penalty": lambda: (_number(asked.diversity_penalty),),
+        "repetition_penalty": lambda: (_number(asked.repetition_penalty, 1.0),),
+        "no_repeat_ngram_size": lambda: (_whole(asked.no_repeat_ngram_size or 0),),
         "bad_words_ids": lambda: _sequences(_bad_words(asked)),
-        "min_new_tokens": lambda: (chosen(asked.stops), whole(P + planned.min_new_tokens)),
-        "forced_bos_token_id": lambda: (whole(asked.forced_bos_token_id or 0),),
-        "forced_eos_token_id": lambda: (chosen(_tokens(asked.forced_eos_token_id)), whole(end - 1)),
+        "min_new_tokens": lambda: (chosen(asked.stops), _whole(P + planned.min_new_tokens)),
+        "forced_bos_token_id": lambda: (_whole(asked.forced_bos_token_id or 0),),
+        "forced_eos_token_id": lambda: (
+            chosen(_tokens(asked.forced_eos_token_id)),
+            _whole(last),
+        ),
         "remove_invalid_values": lambda: (),
         "exponential_decay_length_penalty": lambda: (
             chosen(asked.stops),
-            whole(P + start),
-            number(factor),
+            _whole(P + start),
+            _number(factor),
         ),
         "suppress_tokens": lambda: (chosen(asked.suppress_tokens or ()),),
         "begin_suppress_tokens": lambda: (
             chosen(asked.begin_suppress_tokens or ()),
-            whole(P),
+            _whole(P),
             np.array(asked.forced_bos_token_id is not None),
         ),
-        "temperature": lambda: (number(asked.temperature, 1.0),),
-        "top_k": lambda: (whole(max(asked.top_k, kept) if asked.top_k else 0),),
-        "top_p": lambda: cut(asked.top_p, 1.0),
-        "min_p": lambda: cut(asked.min_p),
-        "typical_p": lambda: cut(asked.typical_p, 1.0),
-        "epsilon_cutoff": lambda: cut(asked.epsilon_cutoff),
-        "eta_cutoff": lambda: cut(asked.eta_cutoff),
+    }
+
+
+def _cuts(asked: GenerationConfig) -> dict[str, _Take]:
+    kept = asked.kept_tokens
+    return {
+        "temperature": lambda: (_number(asked.temperature, 1.0),),
+        "top_k": lambda: (_whole(max(asked.top_k, kept) if asked.top_k else 0),),
+        "top_p": lambda: (_number(asked.top_p, 1.0), _whole(kept)),
+        "min_p": lambda: (_number(asked.min_p), _whole(kept)),
+        "typical_p": lambda: (_number(asked.typical_p, 1.0), _whole(kept)),
+        "epsilon_cutoff": lambda: (_number(asked.epsilon_cutoff), _whole(kept)),
+        "eta_cutoff": lambda: (_number(asked.eta_cutoff), _whole(kept)),
         "renormalize_logits": lambda: (),
     }
-    names = {*asked.rules, *(STEADY if asked.do_sample else ())}
-    return {"vocabulary": (whole(known),)} | {n: takes[n]() for n in ORDER if n in names}
+
+
+def _number(value: float | None, neutral: float = 0.0) -> npt.NDArray[np.float64]:
+    return np.array(neutral if value is None else value, np.float64)
+
+
+def _whole(value: int) -> npt.NDArray[np.int32]:
+    return np.array(value, np.int32)
 
 
 def _tokens(value: int | list[int] | None) -> list[int]:

@@ -242,7 +242,7 @@ def _settled(
     """Keep what ended, and run on with the best of the rest; a group that is done stays."""
     assert asked.ranking is not None
     k = group.matched.shape[1]
-    early, penalty = asked.ranking
+    penalty = asked.ranking[1]
     new = length + 1 - asked.first
     is_last = length + 1 >= asked.end
     ended = (found.ended | is_last) & (found.scores > _NOWHERE)
@@ -267,14 +267,8 @@ def _settled(
         pool_slots=pooled(group.pool_slots, slots),
         parents=taken(found.beams, stay),
     )
-    longest = jnp.where((early == 2) & (penalty > 0), asked.end - asked.first, new)
     best = jnp.where(exists, high + low, _NOWHERE).max(1)
-    worst = pool_scores.min(1)
-    is_settled = (early == 1) | (_scaled(best, longest, penalty) <= worst)
-    is_empty = ~exists.any(1)
-    is_done = done | is_empty | ((worst > _NOWHERE) & is_settled)
-    # While one text goes on, others that wait for it may still find something better.
-    is_done = jnp.where(early == 3, is_done.all() | is_empty, is_done)
+    is_done = _is_done(asked, best, pool_scores.min(1), new, done)
     after = jax.tree.map(
         lambda new, old: jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), old, new), after, group
     )
@@ -282,6 +276,18 @@ def _settled(
         chosen = lax.dynamic_index_in_dim(taken(found.tokens, stay), length, 2, keepdims=False)
         counts = _counted(program, counts, chosen, exists & ~done[:, None])
     return after, is_done, counts
+
+
+def _is_done(asked: Asked, best: Array, worst: Array, new: Array, done: Array) -> Array:
+    """Whether what runs on, at best `best`, can enter a pool whose worst is `worst`: `[B]` each."""
+    assert asked.ranking is not None
+    early, penalty = asked.ranking
+    longest = jnp.where((early == 2) & (penalty > 0), asked.end - asked.first, new)
+    is_settled = (early == 1) | (_scaled(best, longest, penalty) <= worst)
+    is_empty = best == _NOWHERE
+    is_done = done | is_empty | ((worst > _NOWHERE) & is_settled)
+    # While one text goes on, others that wait for it may still find something better.
+    return jnp.where(early == 3, is_done.all() | is_empty, is_done)
 
 
 def _counted(program: Program, counts: Array | None, chosen: Array, runs_on: Array) -> Array:

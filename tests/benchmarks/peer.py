@@ -206,7 +206,9 @@ SYSTEMS: dict[str, Callable[[Path, int], System]] = {
 def prepare(folder: Path) -> None:
     """Write what all peers read: the 125M shape, random weights, seed 0; and an assistant.
 
-    The assistant is the first two layers of the model, so that it guesses some tokens right.
+    The assistant is the first two layers of the model. The other ten add a tenth of what they
+    would, so that the assistant guesses most tokens right, as one does that was trained on the
+    same texts.
     """
     import torch
 
@@ -216,6 +218,11 @@ def prepare(folder: Path) -> None:
         return
     torch.manual_seed(0)
     model = OPTForCausalLM(OPTConfig())
+    with torch.no_grad():
+        layers: Any = model.model.decoder.layers[2:]
+        for layer in layers:
+            layer.self_attn.out_proj.weight *= 0.1
+            layer.fc2.weight *= 0.1
     model.save_pretrained(folder / "hf")
     assistant = OPTForCausalLM(OPTConfig(num_hidden_layers=2))
     assistant.load_state_dict({n: model.state_dict()[n] for n in assistant.state_dict()})

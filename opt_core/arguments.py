@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from opt_core.config import OPTConfig
+from opt_core.generation.configuration import GenerationConfig
 
 #: The label of what does not count in a loss.
 IGNORED = -100
@@ -227,6 +229,15 @@ def nan_scores(length: int) -> ValueError:
     )
 
 
+def infinite_scores(length: int) -> ValueError:
+    """The error for a score of +inf, beside which no other token has a probability."""
+    return ValueError(
+        f"a score is +inf after {length} tokens, so that there is nothing to draw from; does the "
+        "model overflow in this dtype, or does a function given to generate set it? "
+        "remove_invalid_values=True makes it the largest number"
+    )
+
+
 def no_token_left(length: int) -> ValueError:
     """The error for a row whose every token is forbidden."""
     return ValueError(
@@ -280,9 +291,10 @@ def check_negative_prompt(shape: Shape, rows: int) -> None:
 
 
 def unused_negative_prompt() -> ValueError:
-    """The error for a negative prompt without guidance."""
+    """The error for a negative prompt, or its mask, that nothing asks for."""
     return ValueError(
-        "negative_prompt_ids guide nothing without guidance_scale; give one other than 1"
+        "a negative prompt guides nothing without guidance_scale, and its mask nothing without "
+        "negative_prompt_ids; give a guidance_scale other than 1 and the ids"
     )
 
 
@@ -297,8 +309,9 @@ def check_assistant(strategy: str, vocab_size: int, drafts: int) -> None:
     """
     if strategy not in ("greedy", "sampling"):
         raise ValueError(
-            f"assistant_model drafts for greedy choice and sampling, not for {strategy}; leave "
-            "one of the two out"
+            "assistant_model drafts for greedy choice and sampling, but other options ask for "
+            f"{'prompt_lookup_num_tokens' if strategy == 'assisted' else strategy}; leave one of "
+            "the two out"
         )
     if vocab_size != drafts:
         raise ValueError(
@@ -331,6 +344,44 @@ def one_row_at_a_time(rows: int) -> ValueError:
 def missing_tokenizer() -> ValueError:
     """The error for stop strings that nobody can spell."""
     return ValueError("stop_strings are looked for in text: give the tokenizer as well")
+
+
+def check_generation_config(value: object) -> None:
+    """See that options come as our own configuration, which knows and has checked them all.
+
+    Raises:
+        ValueError: they do not; names what was given.
+    """
+    if value is not None and not isinstance(value, GenerationConfig):
+        given = type(value)
+        raise ValueError(
+            f"generation_config is a {given.__module__}.{given.__qualname__}; give a "
+            "GenerationConfig of opt_core.generation, such as "
+            "GenerationConfig.from_dict(value.to_dict()), or the options themselves"
+        )
+
+
+def check_functions(name: str, functions: Any) -> None:
+    """See that an argument is a list of functions.
+
+    Raises:
+        ValueError: it is not; names the argument.
+    """
+    is_list = isinstance(functions, Sequence) and not isinstance(functions, str)
+    if functions is not None and not (is_list and all(map(callable, functions))):
+        raise ValueError(
+            f"{name} is {type(functions).__name__}; give a list of functions, such as "
+            f"{name}=[function]"
+        )
+
+
+def unknown_allowed(function: object, row: int, vocab_size: int) -> ValueError:
+    """The error for an answer of `prefix_allowed_tokens_fn` that is no list of ids."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return ValueError(
+        f"prefix_allowed_tokens_fn {name} returned for text {row} what is not a list of ids from 0 "
+        f"to {vocab_size - 1}, nor bool ({vocab_size},)"
+    )
 
 
 def check_answer(function: object, kind: str, found: Shape, allowed: tuple[Shape, ...]) -> None:

@@ -46,14 +46,15 @@ class SavingMixin:
         `push_to_hub`; `repo_id` is the folder's name if not given).
 
         Raises:
-            ValueError: a bad shard size, an unknown option, or a parameter is not there (an adapter
-                took its place).
+            ValueError: a bad shard size, an unknown option, options of generation that contradict
+                each other, or a parameter is not there (an adapter took its place).
         """
         if hub_options and not push_to_hub:
             raise ValueError(
                 f"save_pretrained has no option {', '.join(hub_options)} unless push_to_hub=True; "
                 "what it writes is always safetensors"
             )
+        self.generation_config.validate()
         tensors, name = self._stored_tensors(), f"OPT{self.head.value}"
         config = self.config.replace(architectures=[name], dtype=self._stored_dtype())
         if config.pruned_heads:

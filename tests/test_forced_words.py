@@ -167,10 +167,11 @@ def test_a_text_that_ends_without_its_words_is_not_kept() -> None:
     assert all(text.is_met for text in found)
 
 
-def test_of_words_that_do_not_fit_as_many_as_do_are_returned() -> None:
-    found = search(LIKELY_STOP, [[7, 7, 7, 7, 7, 7]], [STOP]).results(3)
-    assert len(found) == 3
-    assert not any(text.is_met for text in found)
+def test_words_that_do_not_fit_into_the_new_tokens_are_refused() -> None:
+    too_long = [7] * (len(LIKELY_STOP) + 1)
+    with pytest.raises(ValueError, match="force_words_ids need at least"):
+        search(LIKELY_STOP, [too_long], [STOP])
+    search(LIKELY_STOP, [[too_long, [8]]], [STOP])
 
 
 def test_where_nothing_else_is_left_texts_that_ended_early_are_returned() -> None:

@@ -85,7 +85,7 @@ def test_an_assistant_of_another_vocabulary_is_refused(light: Subject, wing: Win
     other = Subject(wing, vocab_size=41)
     with pytest.raises(ValueError, match="assistant_model has a vocabulary of 41, the model one"):
         light.generate(IDS, assistant_model=other.model)
-    with pytest.raises(ValueError, match="drafts for greedy choice and sampling, not for beams"):
+    with pytest.raises(ValueError, match=r"drafts for greedy choice .* ask for beams"):
         light.generate(IDS, assistant_model=light.model, num_beams=2)
 
 

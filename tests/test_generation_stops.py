@@ -45,7 +45,7 @@ def place_by_table(table: StopTable, prompt: list[int], new: list[int]) -> int |
     state = table.start(prompt)
     for count, token in enumerate(new, 1):
         state = int(table.after[state, token])
-        if state == table.complete:
+        if state == len(table.after) - 1:
             return count
     return None
 
@@ -76,7 +76,7 @@ def test_a_string_is_found_wherever_in_a_token_it_ends() -> None:
 
 def test_a_complete_string_stays_complete() -> None:
     table = StopTable.of(["ab"], SPELLER, len(TOKENS))
-    assert (table.after[table.complete] == table.complete).all()
+    assert (table.after[-1] == len(table.after) - 1).all()
 
 
 def test_an_id_without_a_token_writes_nothing() -> None:
@@ -92,3 +92,12 @@ def test_tables_have_few_sizes_and_are_made_once() -> None:
     other = StopTable.of(["ab", "cab", "babab"], SPELLER, len(TOKENS))
     assert other.after.shape == one.after.shape
     assert one.after.dtype == np.int32
+
+
+def test_only_the_newest_tables_are_kept() -> None:
+    speller, count = Speller(), len(TOKENS)
+    first = StopTable.of(["a"], speller, count)
+    assert StopTable.of(["a"], speller, count) is first
+    for length in range(2, 10):
+        StopTable.of(["a" * length], speller, count)
+    assert StopTable.of(["a"], speller, count) is not first

@@ -263,7 +263,7 @@ def test_an_assistant_that_does_not_fit_is_refused() -> None:
     other = CONFIG.replace(vocab_size=V + 1)
     with pytest.raises(ValueError, match=r"a vocabulary of 7, the model one of 6"):
         record(PROMPT, Call(assistant=(other, WEIGHTS)))
-    with pytest.raises(ValueError, match="not for beams"):
+    with pytest.raises(ValueError, match="other options ask for beams"):
         record(PROMPT, Call(assistant=(CONFIG, WEIGHTS)), num_beams=2)
     with pytest.raises(ValueError, match=r"assistant_model needs guidance_scale=1\.0"):
         record(PROMPT, Call(assistant=(CONFIG, WEIGHTS)), guidance_scale=2.0)

@@ -202,3 +202,11 @@ def test_an_option_that_saving_does_not_know_is_refused(wing: Wing, tmp_path: Pa
     model = saved(wing, tmp_path)
     with pytest.raises(ValueError, match="save_pretrained has no option safe_serialization"):
         model.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_options_that_contradict_each_other_are_not_saved(wing: Wing, tmp_path: Path) -> None:
+    model = wing.fresh(Head.CAUSAL_LM, tiny())
+    model.generation_config = GenerationConfig(num_beams=2, penalty_alpha=0.5, top_k=4)
+    with pytest.raises(ValueError, match="num_beams is above 1 and penalty_alpha"):
+        model.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

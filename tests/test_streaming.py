@@ -99,6 +99,15 @@ def test_without_a_function_text_goes_to_standard_output_as_it_comes(
     assert shown.buffer.getvalue() == b"hello world\n" * 2
 
 
+def test_a_prompt_begins_anew_what_a_failed_call_left_behind() -> None:
+    pieces: list[str] = []
+    streamer = TextStreamer(tiny(), skip_prompt=True, on_text=pieces.append)
+    for _ in range(2):  # the first call ends without `end`
+        streamer.put(np.array([ids("a")]))
+        streamer.put(np.array(ids("!")))
+    assert pieces == ["!", "!"]
+
+
 def test_several_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="shows one text, and this prompt has 2 rows"):
         TextStreamer(tiny()).put(np.array([ids("hello"), ids("hello")]))

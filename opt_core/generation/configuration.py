@@ -24,6 +24,7 @@ _IDLE = (
     ),
     (("top_k",), "do_sample=True or penalty_alpha"),
     (("length_penalty", "early_stopping"), "num_beams above 1"),
+    (("max_matching_ngram_size",), "prompt_lookup_num_tokens"),
 )
 
 
@@ -263,9 +264,17 @@ class GenerationConfig:
         return result
 
     def _warn_of_idle(self, options: Mapping[str, Any]) -> None:
-        waits = (self.do_sample, self.do_sample or bool(self.penalty_alpha), self.num_beams > 1)
+        waits = (
+            self.do_sample,
+            self.do_sample or bool(self.penalty_alpha),
+            self.num_beams > 1,
+            bool(self.prompt_lookup_num_tokens),
+        )
         for (names, need), is_met in zip(_IDLE, waits, strict=True):
-            idle = [n for n in names if options.get(n) not in (None, False, OPTIONS[n][0])]
+            asked = {n: options.get(n) for n in names}
+            idle = [
+                n for n, v in asked.items() if v not in (None, OPTIONS[n][0]) and v is not False
+            ]
             if idle and not is_met:
                 warnings.warn(f"{' and '.join(idle)} changes nothing without {need}", stacklevel=4)
 

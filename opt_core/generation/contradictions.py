@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opt_core.generation.configuration import GenerationConfig
@@ -65,6 +65,16 @@ def _of_forced_words(asked: GenerationConfig) -> Iterator[str]:
                 f"force_words_ids has alternatives of which one begins another, {words}; the "
                 "longer one could never be reached: leave it out"
             )
+        if _forbidden(asked, words):
+            yield f"force_words_ids asks for {words}, which bad_words_ids or suppress_tokens forbid"
+
+
+def _forbidden(asked: GenerationConfig, words: list[Any]) -> bool:
+    """Whether no way to meet a demand is left by what must never come."""
+    phrases = words if isinstance(words[0], list) else [words]
+    alone = {word[0] for word in asked.bad_words_ids or () if len(word) == 1}
+    never = alone.difference(asked.stops).union(asked.suppress_tokens or ())
+    return all(never.intersection(phrase) for phrase in phrases)
 
 
 def _has_prefix(words: list[list[int]]) -> bool:

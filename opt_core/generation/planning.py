@@ -108,6 +108,7 @@ def plan(
             f"min_new_tokens or min_length asks for at least {minimum} new tokens, but {asked}; "
             "lower the minimum or raise the maximum"
         )
+    _check_phrases(generation, count)
     width = bucket(prompt_length + count + drafts)
     return Plan(
         prompt_length,
@@ -117,6 +118,18 @@ def plan(
         max(width, bucket(_slots(generation, prompt_length, count))),
         prompt_room(prompt_length),
     )
+
+
+def _check_phrases(generation: GenerationConfig, count: int) -> None:
+    demands = generation.force_words_ids or ()
+    needed = sum(
+        min(map(len, words)) if isinstance(words[0], list) else len(words) for words in demands
+    )
+    if needed > count:
+        raise ValueError(
+            f"force_words_ids need at least {needed} tokens, but there are at most {count} new "
+            "ones; raise max_new_tokens"
+        )
 
 
 def _slots(generation: GenerationConfig, prompt_length: int, count: int) -> int:

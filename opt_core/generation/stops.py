@@ -13,6 +13,8 @@ from opt_core.tokenizer.decoding import bytes_of
 
 #: Tables have a multiple of this many states, so that compiled programs are reused.
 _STATES = 16
+#: Of each tokenizer so many tables are kept: a table for 50,000 tokens takes 3 MB or more.
+_KEPT = 8
 
 
 class Spells(Protocol):
@@ -40,19 +42,18 @@ class StopTable:
 
     @classmethod
     def of(cls, strings: Sequence[str], tokenizer: Spells, vocab_size: int) -> StopTable:
-        """The table of some stop strings for a byte-level tokenizer; made once for each pair."""
+        """The table of some stop strings for a byte-level tokenizer; the newest ones are kept."""
         key = (tuple(strings), len(tokenizer), vocab_size)
         made = _MADE.setdefault(tokenizer, {})
-        if key not in made:
+        table = made.pop(key, None)
+        if table is None:
             machine = _Machine.of([string.encode() for string in strings])
             spelled = [bytes_of(t or "") for t in _spelling(tokenizer, vocab_size)]
-            made[key] = cls(machine, spelled)
-        return made[key]
-
-    @property
-    def complete(self) -> int:
-        """The state that ends a text."""
-        return len(self.after) - 1
+            table = cls(machine, spelled)
+        made[key] = table
+        for oldest in list(made)[:-_KEPT]:
+            made.pop(oldest, None)  # another thread may have been quicker
+        return table
 
     def start(self, tokens: Iterable[int]) -> int:
         """The state after a prompt. A string that is complete within it ends nothing."""
@@ -94,7 +95,7 @@ class _Machine(NamedTuple):
         return cls(after, completes)
 
 
-#: A tokenizer's tables, by its strings and sizes.
+#: A tokenizer's tables, by its strings and sizes, the one used last behind the others.
 _MADE: WeakKeyDictionary[Any, dict[Any, StopTable]] = WeakKeyDictionary()
 
 

@@ -72,7 +72,8 @@ class TextStreamer:
                 f"a text streamer shows one text, and this prompt has {len(tokens)} rows; generate "
                 "one row at a time, or give a function as streamer, which gets the tokens of all"
             )
-        is_prompt = self._decoder is None
+        # A prompt has two axes. What a call that failed has left behind is forgotten.
+        is_prompt = tokens.ndim > 1 or self._decoder is None
         if is_prompt:
             self._decoder = _stream(self._tokenizer, self._skip_special_tokens)
         # A prompt that is not shown is decoded all the same: it may end within a character.

@@ -138,6 +138,9 @@ def draw(scores: Floats, uniform: float) -> tuple[int, float]:
 
     The token is the first, in token order, at which the cumulative sum of the probabilities exceeds
     the uniform times their total. Also the draw's distance to the nearest edge between tokens.
+
+    Raises:
+        ValueError: a score is +inf.
     """
     cumulative = np.exp(scores - scores.max()).cumsum()
     total = cumulative[-1]

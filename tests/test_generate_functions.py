@@ -207,3 +207,159 @@ def test_a_function_that_gives_another_shape_is_named(subject: Subject, wing: Wi
         subject.generate(BATCH.ids, logits_processor=[wing.on_host(crooked)])
     with pytest.raises(ValueError, match=r"returned the shape \(5,\), expected \(\) or \(2,\)"):
         subject.generate(BATCH.ids, stopping_criteria=[wing.on_host(hasty)])
+
+
+# What functions may give, and how they are asked
+
+
+DRAWN = {"sampling": {}, "beam sampling": {"num_beams": 2}}
+
+
+@pytest.mark.parametrize("strategy", DRAWN)
+def test_nothing_is_drawn_beside_a_score_of_inf(
+    subject: Subject, wing: Wing, strategy: str
+) -> None:
+    asked = {"max_new_tokens": 2, "do_sample": True, "seed": 1, **DRAWN[strategy]}
+    with pytest.raises(ValueError, match=r"a score is \+inf after \d tokens, so that there is"):
+        subject.generate(words(2, 4), logits_processor=[wing.on_host(_certain)], **asked)
+
+
+def test_a_score_of_inf_is_the_best_one(subject: Subject, wing: Wing) -> None:
+    found = subject.generate(
+        BATCH.ids, BATCH.mask, logits_processor=[wing.on_host(_certain)], **OPTIONS
+    )
+    assert (found[:, P:] == 7).all()
+
+
+def _certain(ids: Any, scores: Any) -> Any:
+    scores = scores.copy()
+    scores[:, 7] = np.inf
+    return scores
+
+
+def test_what_is_no_list_of_functions_is_refused(subject: Subject) -> None:
+    for name in ("logits_processor", "stopping_criteria"):
+        for given in (_favours, [3], "text", {"a": _favours}):
+            message = f"{name} is {type(given).__name__}; give a list of functions, such as {name}="
+            with pytest.raises(ValueError, match=message):
+                subject.generate(BATCH.ids, max_new_tokens=1, **{name: given})
+
+
+@pytest.mark.parametrize("answer", [None, "text", {}], ids=["nothing", "text", "a dictionary"])
+def test_a_function_that_gives_no_array_is_named(subject: Subject, answer: Any) -> None:
+    def forgetful(ids: Any, scores: Any) -> Any:
+        return answer
+
+    with pytest.raises(ValueError, match="the logits processor forgetful returned"):
+        subject.generate(BATCH.ids, logits_processor=[forgetful], max_new_tokens=1)
+    with pytest.raises(ValueError, match="the stopping criterion forgetful returned"):
+        subject.generate(BATCH.ids, stopping_criteria=[forgetful], max_new_tokens=1)
+
+
+def test_functions_may_answer_with_arrays_of_numpy(subject: Subject) -> None:
+    def processor(ids: Any, scores: Any) -> Any:
+        return _favours(np.asarray(ids), np.asarray(scores))
+
+    def criterion(ids: Any, scores: Any) -> Any:
+        return np.asarray(ids)[:, -1] == 7
+
+    bias: Any = [[[7], BIAS]]
+    right = subject.generate(
+        BATCH.ids, BATCH.mask, sequence_bias=bias, **{**OPTIONS, "eos_token_id": 7}
+    )
+    found = subject.generate(
+        BATCH.ids,
+        BATCH.mask,
+        logits_processor=[processor],
+        stopping_criteria=[criterion],
+        **OPTIONS,
+    )
+    np.testing.assert_array_equal(found, right)
+
+
+EVEN = np.arange(40) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [list(range(0, 40, 2)), np.arange(0, 40, 2), EVEN, EVEN.tolist()],
+    ids=["ids", "an array of ids", "an array of bools", "bools"],
+)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_allowed_tokens_are_ids_or_bools(subject: Subject, answer: Any, beams: int) -> None:
+    asked = {**OPTIONS, "num_beams": beams}
+    odd = list(range(1, 40, 2))
+    right = subject.generate(BATCH.ids, BATCH.mask, suppress_tokens=odd, **asked)
+    found = subject.generate(
+        BATCH.ids, BATCH.mask, prefix_allowed_tokens_fn=lambda text, ids: answer, **asked
+    )
+    np.testing.assert_array_equal(found, right)
+    if subject.wing.traces and beams == 1:
+        found = subject.generate(
+            BATCH.ids,
+            BATCH.mask,
+            prefix_allowed_tokens_fn=lambda text, ids, length: answer,
+            **asked,
+        )
+        np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[40], [3, -1], [1.5], None, 3, "text", [[3]], np.ones(39, np.bool_)],
+    ids=["too large", "negative", "a fraction", "nothing", "a number", "text", "nested", "short"],
+)
+def test_what_cannot_be_allowed_tokens_is_refused(subject: Subject, answer: Any) -> None:
+    def allowed(text: Any, ids: Any) -> Any:
+        return answer
+
+    message = "prefix_allowed_tokens_fn allowed returned for text 0 what is not a list of ids from"
+    with pytest.raises(ValueError, match=message):
+        subject.generate(BATCH.ids, prefix_allowed_tokens_fn=allowed, max_new_tokens=1)
+
+
+def test_functions_see_all_rows_also_where_drafts_are_asked_for(
+    subject: Subject, wing: Wing
+) -> None:
+    shapes: list[Any] = []
+
+    def processor(ids: Any, scores: Any) -> Any:
+        shapes.append((ids.shape, scores.shape))
+        return scores
+
+    drafted = {**OPTIONS, **STRATEGIES["lookup"], "logits_processor": [wing.on_host(processor)]}
+    right = subject.generate(BATCH.ids, BATCH.mask, **OPTIONS)
+    found = subject.generate(BATCH.ids, BATCH.mask, **drafted)
+    np.testing.assert_array_equal(found, right)
+    assert shapes == [((2, P + step), (2, 40)) for step in range(NEW)]
+    # Without drafts several rows go on together, so they can be streamed.
+    steps = list(wing.stream(subject.model, BATCH.ids, attention_mask=BATCH.mask, **drafted))
+    np.testing.assert_array_equal(np.stack(steps, axis=1), right[:, P:])
+
+
+@pytest.mark.parametrize("more", [{}, {"force_words_ids": [[7]]}], ids=["beams", "forced words"])
+def test_with_beams_a_criterion_sees_candidates_and_the_scores_behind_them(
+    subject: Subject, wing: Wing, more: Any
+) -> None:
+    seen: list[Any] = []
+
+    def criterion(ids: Any, scores: Any) -> Any:
+        seen.append((ids.copy(), scores.copy()))
+        return np.zeros(len(ids), np.bool_)
+
+    subject.generate(
+        words(2, 4),
+        num_beams=3,
+        stopping_criteria=[wing.on_host(criterion)],
+        max_new_tokens=3,
+        eos_token_id=None,
+        **more,
+    )
+    if not more:
+        # Twice as many candidates as beams, for each of two texts.
+        assert [ids.shape for ids, _ in seen] == [(12, 5), (12, 6), (12, 7)]
+    for ids, scores in seen:
+        assert scores.shape == (len(ids), 40)
+        logits = wing.call(subject.model, input_ids=ids[:, :-1]).logits[:, -1].astype(np.float64)
+        right = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(scores, right, rtol=0, atol=1e-3)

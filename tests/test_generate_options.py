@@ -225,3 +225,112 @@ def test_every_option_stands_on_the_page_about_decoding() -> None:
 def test_sampling_options_without_sampling_are_named_in_a_warning(subject: Subject) -> None:
     with pytest.warns(UserWarning, match="top_p changes nothing without do_sample=True"):
         subject.generate(words(1, 4), max_new_tokens=1, top_p=0.5)
+
+
+# What is given wrongly
+
+
+@pytest.mark.parametrize("wrong", [2, -1, -1e9])
+def test_a_mask_of_other_values_is_refused(subject: Subject, wrong: float) -> None:
+    mask = np.array([[1, 1, 1, wrong]])
+    with pytest.raises(ValueError, match="attention_mask holds values other than 0 and 1"):
+        subject.generate(words(1, 4), mask, max_new_tokens=1)
+    with pytest.raises(ValueError, match="attention_mask holds values other than 0 and 1"):
+        subject.generate(
+            words(1, 4),
+            guidance_scale=2.0,
+            negative_prompt_ids=words(1, 4),
+            negative_prompt_attention_mask=mask,
+            max_new_tokens=1,
+        )
+
+
+BAD_NEGATIVES: dict[str, tuple[dict[str, Any], str]] = {
+    "a mask alone": (
+        {"guidance_scale": 2.0, "negative_prompt_attention_mask": np.ones((1, 4), np.int64)},
+        "a negative prompt guides nothing without guidance_scale, and its mask nothing without",
+    ),
+    "a mask alone, nothing guided": (
+        {"negative_prompt_attention_mask": np.ones((1, 4), np.int64)},
+        "a negative prompt guides nothing without guidance_scale, and its mask nothing without",
+    ),
+    "ids, nothing guided": (
+        {"negative_prompt_ids": words(1, 4)},
+        "a negative prompt guides nothing without guidance_scale, and its mask nothing without",
+    ),
+    "an unknown id": (
+        {"guidance_scale": 2.0, "negative_prompt_ids": np.array([[3, 40]])},
+        "hold 40 in row 0 at place 1; the vocabulary goes from 0 to 39",
+    ),
+    "an id below 0": (
+        {"guidance_scale": 2.0, "negative_prompt_ids": np.array([[3, -1]])},
+        "hold -1 in row 0 at place 1; the vocabulary goes from 0 to 39",
+    ),
+    "real numbers": (
+        {"guidance_scale": 2.0, "negative_prompt_ids": words(1, 2) * 1.0},
+        r"float(32|64) \(1, 2\), expected whole numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NEGATIVES)
+def test_a_bad_negative_prompt_is_refused(subject: Subject, case: str) -> None:
+    options, message = BAD_NEGATIVES[case]
+    with pytest.raises(ValueError, match=message):
+        subject.generate(words(1, 4), max_new_tokens=1, **options)
+
+
+def test_options_of_another_class_are_refused(subject: Subject) -> None:
+    given: Any = {"max_new_tokens": 3}
+    message = "generation_config is a .*dict; give a GenerationConfig of opt_core.generation"
+    with pytest.raises(ValueError, match=message):
+        subject.generate(words(1, 4), generation_config=given)
+    with pytest.raises(ValueError, match=message):
+        next(subject.wing.stream(subject.model, words(1, 4), generation_config=given))
+
+
+def test_a_streamer_gets_the_prompt_of_every_row_that_is_generated(subject: Subject) -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        def put(self, value: Any) -> None:
+            heard.append(np.asarray(value))
+
+        def end(self) -> None:
+            heard.append("end")
+
+    ids = words(2, 4)
+    asked: dict[str, Any] = {"max_new_tokens": 3, "streamer": Listener()}
+    found = subject.generate(ids, do_sample=True, seed=1, num_return_sequences=2, **asked)
+    np.testing.assert_array_equal(heard[0], found[:, :4])
+    np.testing.assert_array_equal(np.stack(heard[1:-1], axis=1), found[:, 4:])
+    heard.clear()
+    found = subject.generate(None, **asked)
+    np.testing.assert_array_equal(heard[0], [[2]])
+    np.testing.assert_array_equal(np.stack(heard[1:-1], axis=1), found[:, 1:])
+
+
+def test_a_penalty_that_outgrows_all_numbers_ends_a_text(subject: Subject) -> None:
+    ids = words(2, 4)
+    asked: dict[str, Any] = {"eos_token_id": 3, "min_new_tokens": 4}
+    penalty = {"exponential_decay_length_penalty": (0, 1e200)}
+    found = subject.generate(ids, max_new_tokens=8, **asked, **penalty)
+    right = subject.generate(ids, max_new_tokens=4, **asked)
+    np.testing.assert_array_equal(found[:, :8], right)
+    np.testing.assert_array_equal(found[:, 8:], [[3], [3]])
+    with pytest.raises(ValueError, match=r"a score is \+inf after 8 tokens, so that there is"):
+        subject.generate(ids, max_new_tokens=8, do_sample=True, seed=1, **asked, **penalty)
+
+
+def test_a_model_that_overflows_is_named_or_repaired(wing: Wing) -> None:
+    config = tiny()
+    weights = random_weights(config, Head.CAUSAL_LM, std=STD)
+    weights["model.decoder.final_layer_norm.bias"][:] = 50
+    weights["model.decoder.embed_tokens.weight"][39] = 3e38
+    model, ids = wing.build(Head.CAUSAL_LM, config, weights), words(1, 4, vocab_size=39)
+    sampled: dict[str, Any] = {"max_new_tokens": 1, "do_sample": True, "seed": 1}
+    assert wing.generate_lightly(model, ids, max_new_tokens=1)[0, 4] == 39
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+        wing.generate_lightly(model, ids, **sampled)
+    found = wing.generate_lightly(model, ids, remove_invalid_values=True, **sampled)
+    assert found[0, 4] == 39

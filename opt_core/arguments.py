@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from opt_core.config import OPTConfig
@@ -384,15 +385,27 @@ def unknown_allowed(function: object, row: int, vocab_size: int) -> ValueError:
     )
 
 
-def check_answer(function: object, kind: str, found: Shape, allowed: tuple[Shape, ...]) -> None:
-    """See that a function of the caller's gave what it must.
+def check_answer(
+    function: object, kind: str, found: Shape | None, allowed: tuple[Shape, ...]
+) -> None:
+    """See that a function of the caller's gave what it must; None stands for no array of numbers.
 
     Raises:
-        ValueError: it gave another shape; names the function.
+        ValueError: it gave another shape, or no array; names the function.
     """
     if found not in allowed:
         name = getattr(function, "__name__", type(function).__name__)
+        what = "no array of numbers" if found is None else f"the shape {found}"
         raise ValueError(
-            f"the {kind} {name} returned the shape {found}, expected "
-            + " or ".join(map(str, allowed))
+            f"the {kind} {name} returned {what}, expected " + " or ".join(map(str, allowed))
         )
+
+
+def check_chunk(chunk: object) -> None:
+    """See that a stream has a number of tokens for each call of a program.
+
+    Raises:
+        ValueError: it is no whole number, or less than 1.
+    """
+    if not isinstance(chunk, Integral) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}; give a whole number of tokens, at least 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 from opt_core.config import OPTConfig
@@ -386,7 +385,7 @@ def unknown_allowed(function: object, row: int, vocab_size: int) -> ValueError:
 
 
 def check_answer(
-    function: object, kind: str, found: Shape | None, allowed: tuple[Shape, ...]
+    function: object, kind: str, found: Shape | None, allowed: Sequence[Shape]
 ) -> None:
     """See that a function of the caller's gave what it must; None stands for no array of numbers.
 
@@ -399,13 +398,3 @@ def check_answer(
         raise ValueError(
             f"the {kind} {name} returned {what}, expected " + " or ".join(map(str, allowed))
         )
-
-
-def check_chunk(chunk: object) -> None:
-    """See that a stream has a number of tokens for each call of a program.
-
-    Raises:
-        ValueError: it is no whole number, or less than 1.
-    """
-    if not isinstance(chunk, Integral) or chunk < 1:
-        raise ValueError(f"chunk is {chunk!r}; give a whole number of tokens, at least 1")

@@ -12,6 +12,7 @@ from opt_core.generation.streaming import (
     Streamer,
     TextIteratorStreamer,
     TextStreamer,
+    check_chunk,
     receiver,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "bucket",
+    "check_chunk",
     "fresh_seed",
     "given",
     "plan",

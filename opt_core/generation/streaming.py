@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from queue import Queue
 from typing import Any, Protocol
 
@@ -36,6 +37,16 @@ def receiver(
         return streamer, lambda: None
     streamer.put(on_host(prompt))
     return lambda tokens: streamer.put(on_host(tokens)), streamer.end
+
+
+def check_chunk(chunk: object) -> None:
+    """See that a stream has a number of tokens for each call of a program.
+
+    Raises:
+        ValueError: it is no whole number, or less than 1.
+    """
+    if not isinstance(chunk, Integral) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}; give a whole number of tokens, at least 1")
 
 
 class TextStreamer:

@@ -29,7 +29,7 @@ from opt_flax.generation.decoding import (
     select,
 )
 from opt_flax.generation.rules import agreement
-from opt_flax.generation.setup import Run, Texts, whole
+from opt_flax.generation.setup import WHOLE, Run, Texts
 
 
 class State(NamedTuple):
@@ -69,7 +69,7 @@ def row(run: Run, place: int) -> Run:
     drawn = None if asked.uniforms is None else asked.uniforms[one]
     prompt = None if asked.prompt is None else asked.prompt[one]
     return run._replace(
-        asked=asked._replace(row=whole(place), uniforms=drawn, prompt=prompt),
+        asked=asked._replace(row=WHOLE(place), uniforms=drawn, prompt=prompt),
         begun=Begun._make([*(x[one] for x in begun[:4]), past]),
         texts=Texts(texts.ids[one], texts.shown[one], past, 1),
     )

@@ -80,12 +80,12 @@ class Found(NamedTuple):
 def start(program: Program, params: Any, begun: Begun, asked: Asked) -> tuple[State, Seen]:
     """The state after the first choice."""
     first, logits, _ = prefill(program, params, begun, asked)
-    state, logits = spread(program, first, logits, asked)
+    state, logits = spread(program, first, logits)
     return select(program, state, logits, asked)
 
 
 @partial(jax.jit, static_argnums=0)
-def spread(program: Program, first: Any, logits: Array, asked: Asked) -> tuple[State, Array]:
+def spread(program: Program, first: Any, logits: Array) -> tuple[State, Array]:
     """K beams of which the first of every group exists, and their scores `[R, K, V]`."""
     B, W = first.tokens.shape
     K, G = program.beams, program.groups
@@ -163,7 +163,8 @@ def select(program: Program, state: State, logits: Array, asked: Asked) -> tuple
         found = _candidates(program, group, raw, after, state.done[:, g], state.length, asked)
         if program.functions.criteria:
             ids = written(asked, _joined(found.tokens))
-            ended = stopped(program.functions, ids, after, state.length + 1)
+            followed = _joined(taken(after.reshape(B, k, -1), found.beams))
+            ended = stopped(program.functions, ids, followed, state.length + 1)
             found = found._replace(ended=found.ended | ended.reshape(found.ended.shape))
         done, slots = state.done[:, g], state.slots[:, g * k : g * k + k]
         group, done, counts = _settled(
@@ -220,9 +221,11 @@ def _candidates(
     own = jnp.take_along_axis(scores.reshape(B, k * V), found, axis=1).astype(jnp.float32)
     sums = cuts.added(taken(high, beams), taken(low, beams), own)
 
-    broken = marked(jnp.zeros(B * k, jnp.int32), raw, scores, asked, most=True).reshape(B, k)
-    is_nan = ((broken == NAN) & exists).any(1) & ~done
-    tokens = jnp.where(is_nan[:, None], NAN, tokens)
+    broken = marked(jnp.zeros(B * k, jnp.int32), raw, scores, asked, most=not program.samples)
+    # A beam of which nothing can be chosen just ends.
+    broken = jnp.where(broken == NOTHING, 0, broken).reshape(B, k)
+    broken = jnp.where(exists & ~done[:, None], broken, 0).min(1, keepdims=True)
+    tokens = jnp.where(broken < 0, broken, tokens)
     matched, ended = ends(taken(group.matched, beams), tokens, asked)
     texts = lax.dynamic_update_index_in_dim(taken(group.tokens, beams), tokens, length, 2)
     return Candidates(values, sums, beams, texts, matched, ended)
@@ -346,10 +349,10 @@ def found(program: Program, state: State, asked: Asked) -> Found:
         tokens = _first_stops(tokens, asked)
     columns = jnp.arange(tokens.shape[2], dtype=jnp.int32)
     # A search that broke off, or found nothing, shows it; what does not exist is empty.
-    is_broken, is_there = (newest(state) <= NAN).any(1)[:, None], scores > _NOWHERE
+    worst, is_there = newest(state).min(1, keepdims=True), scores > _NOWHERE
     empty = jnp.where(is_there.any(1, keepdims=True), asked.fill, NOTHING)
-    empty = jnp.where(is_broken, NAN, empty)[..., None]  # [B, 1, 1]
-    is_empty = (is_broken | ~is_there)[..., None] & (columns >= asked.first)[None, None]
+    empty = jnp.where(worst <= NAN, worst, empty)[..., None]  # [B, 1, 1]
+    is_empty = ((worst <= NAN) | ~is_there)[..., None] & (columns >= asked.first)[None, None]
     tokens = jnp.where(is_empty, empty, tokens)
     lengths, slots = taken(state.pool_lengths, chosen), taken(state.pool_slots, chosen)
     lengths = jnp.where(is_there, lengths, 0)

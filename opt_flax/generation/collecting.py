@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,15 @@ from opt_core import arguments
 from opt_core.outputs import GenerateOutput
 from opt_flax.decoder import Cache, is_traced
 from opt_flax.generation import beams
-from opt_flax.generation.decoding import NAN, Seen, voided
+from opt_flax.generation.decoding import INFINITE, NAN, NOTHING, Seen, voided
 from opt_flax.generation.setup import Run
+
+#: What a token that could not be chosen says, after so many tokens.
+_ERRORS: Mapping[int, Callable[[int], ValueError]] = {
+    NAN: arguments.nan_scores,
+    NOTHING: arguments.no_token_left,
+    INFINITE: arguments.infinite_scores,
+}
 
 
 class Outcome(NamedTuple):
@@ -75,7 +83,7 @@ def check(run: Run, tokens: Any) -> None:
         return
     *row, column = np.argwhere(found <= NAN)[0].tolist()
     count = int(run.texts.shown[: run.texts.rows][row[0] % run.texts.rows].sum()) + column
-    raise (arguments.nan_scores if found[(*row, column)] == NAN else arguments.no_token_left)(count)
+    raise _ERRORS[int(found[(*row, column)])](count)
 
 
 def sequences(run: Run, outcome: Outcome) -> Array:

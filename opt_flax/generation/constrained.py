@@ -29,7 +29,7 @@ def search(run: Run) -> Outcome:
     sums = np.full((len(texts), K), -np.inf)
     sums[:, 0] = 0.0
     first, logits, _ = prefill(program, run.params, run.begun, asked)
-    state, logits = beams.spread(program, first, logits, asked)
+    state, logits = beams.spread(program, first, logits)
     seen = []
     for _ in range(run.plan.max_new_tokens):
         found = _scored(program, state, logits, asked)
@@ -40,7 +40,7 @@ def search(run: Run) -> Outcome:
             if text.is_done:
                 continue
             _check(run, row, text, scores[row][sums[row] > -np.inf])
-            running = _step(run, row, text, scores[row] + sums[row][:, None], state)
+            running = _step(run, row, text, scores[row], sums[row], state)
             sums[row] = [one.score for one in running]
             parents[row], tokens[row] = zip(*((c.beam, c.token) for c in running), strict=True)
         state = _followed(program, state, parents, tokens, asked)
@@ -72,10 +72,10 @@ def _check(run: Run, row: int, text: ForcedWords, scores: Floats) -> None:
 
 
 def _step(
-    run: Run, row: int, text: ForcedWords, sums: Floats, state: beams.State
+    run: Run, row: int, text: ForcedWords, scores: Floats, running: Floats, state: beams.State
 ) -> list[Candidate]:
-    """One step of one text, from the sums `[K, V]` of all that it could be to its K beams."""
-    matched = np.asarray(state.matched)[row]
+    """One step of one text, from scores `[K, V]` and the sums `[K]` so far to its K beams."""
+    matched, sums = np.asarray(state.matched)[row], scores + running[:, None]
 
     def ends(beam: int, token: int) -> bool:
         if token in run.generation.stops:
@@ -83,7 +83,7 @@ def _step(
         table = run.asked.table
         if table is not None and int(table[matched[beam], token]) == len(table) - 1:
             return True
-        return _is_stopped(run, row, [*text.texts[beam], token], sums[[beam]])
+        return _is_stopped(run, row, [*text.texts[beam], token], scores[[beam]])
 
     flat, count = sums.ravel(), run.program.candidates
     least = np.partition(flat, -count)[-count] if count < flat.size else -np.inf

@@ -64,7 +64,9 @@ def largest(scores: Array) -> Array:
 
 
 def _temperature(scores: Array, text: Any, value: Array) -> Array:
-    return scores / value
+    # What remove_invalid_values made finite stays so.
+    most = jnp.finfo(scores.dtype).max
+    return jnp.where(jnp.isfinite(scores), jnp.clip(scores / value, -most, most), scores)
 
 
 def _top_k(scores: Array, text: Any, count: Array) -> Array:

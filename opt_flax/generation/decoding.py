@@ -20,8 +20,9 @@ from opt_flax.generation.rules import Functions, Numbers, Text, chain, stopped
 
 State = DecodeState[Array, Cache]
 
-#: What stands where a token could not be chosen: the scores are not numbers, or all -inf.
-NAN, NOTHING = -2, -3
+#: What stands where a token could not be chosen: the scores are not numbers, or all -inf, or one
+#: that is drawn from is inf.
+NAN, NOTHING, INFINITE = -2, -3, -4
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,13 @@ def marked(chosen: Array, raw: Array, scores: Array, asked: Asked, *, most: bool
     `most` says whether a score may be inf.
     """
     best = scores.max(1)
-    is_nan = jnp.isnan(best) if most else jnp.isnan(best) | (best == jnp.inf)
+    is_nan = jnp.isnan(best)
     if "remove_invalid_values" not in asked.given:
         is_nan = is_nan | jnp.isnan(raw).any(1)
-    return jnp.where(is_nan, NAN, jnp.where(best == -jnp.inf, NOTHING, chosen))
+    chosen = jnp.where(best == -jnp.inf, NOTHING, chosen)
+    if not most:
+        chosen = jnp.where(best == jnp.inf, INFINITE, chosen)
+    return jnp.where(is_nan, NAN, chosen)
 
 
 def newest(state: Any) -> Array:

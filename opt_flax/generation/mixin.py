@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Strategy, Streamer, receiver
+from opt_core.generation import GenerationConfig, Strategy, Streamer, check_chunk, receiver
 from opt_core.outputs import GenerateOutput
 from opt_flax.decoder import is_traced
 from opt_flax.generation import assisted, beams, collecting, constrained, contrastive, decoding
@@ -107,14 +107,14 @@ class GenerationMixin:
             negative_prompt_attention_mask,
             tokenizer,
         )
-        run = settled(self, call, options)
+        run = _run(self, call, options)
         mode = _mode(run, compiled=compiled, traced=trace)
         if streamer is None:
             with mode:
                 outcome = _outcome(run)
             return collecting.record(self, run, outcome)
         _check_stream(run)
-        put, end = receiver(streamer, run.asked_prompt, np.asarray)
+        put, end = receiver(streamer, run.prompt, np.asarray)
         with mode:
             for left, columns in _chunks(run, 1):
                 outcome = left
@@ -164,28 +164,47 @@ class GenerationMixin:
             negative_prompt_attention_mask,
             tokenizer,
         )
-        run = settled(self, call, options)
+        run = _run(self, call, options)
         _check_stream(run)
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it must be at least 1")
+        check_chunk(chunk)
         return (tokens for _, columns in _chunks(run, chunk) for tokens in columns)
 
     def warmup(self, batch_size: int = 1, prompt_length: int = 8, **options: Any) -> None:
         """Compile what `generate` needs for prompts of about this size and these options.
 
-        Options are those of `generate`, its functions and models among them.
+        Options are those of `generate`, its functions and models among them. With a `streamer`,
+        which is not called, it is what a stream needs.
         """
+        streamer = options.pop("streamer", None)
+        mode = {name: options.pop(name, True) for name in ("compiled", "trace")}
+        options |= _seeded(options.pop("prng_key", None), options.get("seed"))
         named = {name: options.pop(name) for name in Call._fields if name in options}
         token = self.generation_config.bos_token_id or 0
         ids = np.full((batch_size, prompt_length), token, np.int32)
         named = {"attention_mask": np.ones_like(ids), **named, "input_ids": ids}
-        run = settled(self, Call(**named), options)
+        run = _run(self, Call(**named), options)
         # Two choices run every program there is.
         end = min(run.plan.max_new_tokens, 2)
         last: Any = np.int32(run.plan.prompt_length + end)
         asked = run.asked._replace(end=last)
         run = run._replace(asked=asked, plan=run.plan._replace(max_new_tokens=end))
-        _outcome(run)
+        with _mode(run, compiled=mode["compiled"], traced=mode["trace"]):
+            if streamer is None:
+                _outcome(run)
+                return
+            _check_stream(run)
+            for _ in _chunks(run, 1):
+                pass
+
+
+def _run(model: Any, call: Call, options: dict[str, Any]) -> Run:
+    """A settled call, without drafts where functions see all rows, or every step is looked at."""
+    run = settled(model, call, options)
+    functions, asked = run.program.functions, run.generation
+    sees_rows = functions.on_host or (functions.all and run.texts.rows > 1)
+    if sees_rows or asked.output_scores or asked.output_logits:
+        return assisted.plain(run)
+    return run
 
 
 @partial(jax.jit, static_argnums=0)
@@ -226,7 +245,7 @@ def _outcome(run: Run) -> Outcome:
     asked = run.generation
     if run.program.functions.on_host or asked.output_scores or asked.output_logits:
         run.check_outside("what is collected")
-        return _collected(assisted.plain(run))
+        return _collected(run)
     if run.program.strategy is Strategy.ASSISTED:
         run.check_outside("assisted decoding")
         rows = [_finished(assisted.row(run, place)) for place in range(run.texts.rows)]
@@ -277,7 +296,6 @@ def _chunks(run: Run, chunk: int) -> Iterator[tuple[Outcome, list[Array]]]:
     asked, count, seen = run.generation, run.plan.prompt_length, []
     collects = asked.output_scores or asked.output_logits
     if collects or run.program.functions.on_host:
-        run = assisted.plain(run)
         states: Iterator[tuple[Any, Seen | None]] = _steps(run)
     else:
         states = _strides(run, chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from opt_core import arguments
 from opt_core.generation import ORDER
 from opt_flax.attention import wide
 from opt_flax.generation.cuts import CUTS
+
+#: float64 holds the exponential of what is smaller.
+_MOST_EXPONENT = 709.0
 
 #: What the active rules take, by their names: see `opt_core.generation.ORDER`.
 Numbers = Mapping[str, tuple[Array, ...]]
@@ -91,22 +95,24 @@ def functions_of(
 ) -> Functions:
     """A caller's functions, and where they can run.
 
-    Processors see scores `[n, V]`, criteria so many texts of this width.
+    Processors see scores `[n, V]`, criteria so many texts of this width and scores of each.
     """
+    rows, V = scores.shape
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
 
-    def made(call: Callable[..., Any], *shapes: Any) -> Function:
+    def made(call: Callable[..., Any], allowed: Any, *shapes: Any) -> Function:
         function = Function(call, id(call), _takes_length(call))
-        on_host = not function.takes_length or not _can_trace(call, shapes)
+        on_host = not function.takes_length or not _can_trace(call, (*shapes, array()), allowed)
         return replace(function, on_host=on_host)
 
-    rows, count = scores.shape[0], array()
+    of_texts = jax.ShapeDtypeStruct((texts, V), scores.dtype)
+    mask = jax.ShapeDtypeStruct((V,), np.bool_)
     return Functions(
-        None if prefix is None else made(prefix, array(), array(width), count),
-        tuple(made(one, array(rows, width), scores, count) for one in processors or ()),
-        tuple(made(one, array(texts, width), scores, count) for one in criteria or ()),
+        None if prefix is None else made(prefix, mask, array(), array(width)),
+        tuple(made(one, None, array(rows, width), scores) for one in processors or ()),
+        tuple(made(one, None, array(texts, width), of_texts) for one in criteria or ()),
     )
 
 
@@ -120,12 +126,17 @@ def _takes_length(call: Callable[..., Any]) -> bool:
     return len([p for p in parameters if p.kind in by_place and p.default is p.empty]) == 3
 
 
-def _can_trace(call: Callable[..., Any], shapes: tuple[Any, ...]) -> bool:
+def _can_trace(call: Callable[..., Any], shapes: tuple[Any, ...], allowed: Any) -> bool:
+    """Whether it is traced without errors, and its answer is what is `allowed`, if anything.
+
+    Errors of its own come again on the host.
+    """
     try:
-        jax.eval_shape(call, *shapes)
-    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        found = jax.eval_shape(call, *shapes)
+    except (TypeError, IndexError):
         return False
-    return True
+    is_array = isinstance(found, jax.ShapeDtypeStruct)
+    return allowed is None or (is_array and (found.shape, found.dtype) == (allowed.shape, bool))
 
 
 def chain(functions: Functions, scores: Array, text: Text, given: Numbers) -> Array:
@@ -151,22 +162,25 @@ def chain(functions: Functions, scores: Array, text: Text, given: Numbers) -> Ar
 @partial(jax.jit, static_argnums=0)
 def ruled(names: tuple[str, ...], scores: Array, text: Text, given: Numbers) -> Array:
     """The scores after some rules, in float32 at least: `[n, V]` both ways."""
-    scores = scores.astype(wide(scores.dtype))
+    scores, infinite = scores.astype(wide(scores.dtype)), None
     for name in names:
+        if name == "temperature":
+            # With draws. Cuts would hide that there is nothing to draw from.
+            infinite = (scores == jnp.inf).any(1, keepdims=True)
         arrays = [
             jnp.asarray(x, scores.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
             for x in given[name]
         ]
         scores = RULES[name](scores, text, *arrays)
-    return scores
+    return scores if infinite is None else jnp.where(infinite, jnp.inf, scores)
 
 
 def stopped(functions: Functions, ids: Array, scores: Array, length: Array) -> Array:
     """Which of the texts `[n, W]` a criterion stops, bool `[n]`."""
     result = jnp.zeros(len(ids), bool)
     for function in functions.criteria:
-        said = jnp.asarray(function(ids, scores, length))
-        arguments.check_answer(function.call, "stopping criterion", said.shape, ((), result.shape))
+        said = function(ids, scores, length)
+        said = _answer(function, "stopping criterion", said, ((), result.shape))
         result = result | jnp.broadcast_to(said.astype(bool), result.shape)
     return result
 
@@ -204,8 +218,7 @@ def _allowed(function: Function, scores: Array, text: Text) -> Array:
         allowed = jnp.asarray(_listed(function, scores.shape, text))
     else:
         allowed = jax.vmap(function, in_axes=(0, 0, None))(text.places, text.ids, text.length)
-        _check(function, "prefix_allowed_tokens_fn", allowed.shape[1:], scores.shape[1:])
-    return jnp.where(allowed.astype(bool), scores, -jnp.inf)
+    return jnp.where(allowed, scores, -jnp.inf)
 
 
 def _listed(function: Function, shape: tuple[int, ...], text: Text) -> NDArray[np.bool_]:
@@ -214,24 +227,31 @@ def _listed(function: Function, shape: tuple[int, ...], text: Text) -> NDArray[n
     allowed = np.zeros(shape, np.bool_)
     for row, (place, ids) in enumerate(zip(np.asarray(text.places), text.ids, strict=True)):
         said = np.asarray(function(int(place), ids, text.length))
-        if said.dtype == np.bool_:
-            _check(function, "prefix_allowed_tokens_fn", said.shape, shape[1:])
+        are_ids = said.ndim == 1 and (np.issubdtype(said.dtype, np.integer) or not said.size)
+        if said.dtype == np.bool_ and said.shape == shape[1:]:
             allowed[row] = said
-        else:
+        elif are_ids and ((said >= 0) & (said < shape[1])).all():
             allowed[row, said.astype(np.int64)] = True
+        else:
+            raise arguments.unknown_allowed(function.call, int(place), shape[1])
     return allowed
 
 
 def _processed(function: Function, scores: Array, text: Text) -> Array:
-    result = jnp.asarray(function(text.ids, scores, text.length))
-    _check(function, "logits processor", result.shape, scores.shape)
-    return result.astype(scores.dtype)
+    result = function(text.ids, scores, text.length)
+    return _answer(function, "logits processor", result, (scores.shape,)).astype(scores.dtype)
 
 
-def _check(
-    function: Function, kind: str, found: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
-    arguments.check_answer(function.call, kind, found, (expected,))
+def _answer(
+    function: Function, kind: str, said: Any, allowed: tuple[tuple[int, ...], ...]
+) -> Array:
+    """What a function gave, as an array of one of these shapes."""
+    found = None
+    with suppress(TypeError, ValueError):
+        found = jnp.asarray(said)
+    arguments.check_answer(function.call, kind, None if found is None else found.shape, allowed)
+    assert found is not None
+    return found
 
 
 def _vocabulary(scores: Array, text: Text, known: Array) -> Array:
@@ -287,8 +307,11 @@ def _valid(scores: Array, text: Text) -> Array:
 
 
 def _hastened(scores: Array, text: Text, stops: Array, column: Array, factor: Array) -> Array:
-    beyond = (text.length - column).astype(scores.dtype)
-    raised = scores + jnp.abs(scores) * jnp.expm1(beyond * jnp.log(factor))
+    beyond, most = (text.length - column).astype(scores.dtype), jnp.finfo(scores.dtype).max
+    exponent = beyond * jnp.log(factor)
+    raised = scores + jnp.where(scores == 0, 0.0, jnp.abs(scores) * jnp.expm1(exponent))
+    # In float64, in which the others count, most of what is too large here is not.
+    raised = jnp.where(exponent < _MOST_EXPONENT, jnp.clip(raised, -most, most), raised)
     return jnp.where(stops[None] & (beyond > 0) & jnp.isfinite(scores), raised, scores)
 
 

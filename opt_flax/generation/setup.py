@@ -33,8 +33,9 @@ from opt_flax.models.inputs import checked_ids, parts_of, told
 
 #: Lists of stop tokens are rounded up to multiples of this, so that programs are reused.
 _STOPS = 8
-#: A number as programs take it.
-_REAL: Any = np.float32
+#: Numbers as programs take them.
+REAL: Any = np.float32
+WHOLE: Any = np.int32
 #: `early_stopping` as a number; 3 for `waits_for_batch`.
 _EARLY: dict[Any, int] = {None: 0, False: 0, True: 1, "never": 2}
 
@@ -49,7 +50,6 @@ class Run(NamedTuple):
     begun: Begun
     asked: Asked
     texts: Texts
-    asked_prompt: Any  # as given
 
     @property
     def is_traced(self) -> bool:
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
     @property
     def prompt(self) -> Any:
-        """The prompts as given, `[B, P]`."""
+        """The prompts as given, one for each row that is chosen for: `[B, P]`."""
         return self.texts.ids[: self.texts.rows, self.texts.widened :]
 
     def check_outside(self, what: str) -> None:
@@ -131,20 +131,20 @@ class Texts(NamedTuple):
         ids, shown = (self.library.repeat(x, copies, axis=0) for x in self[:2])
         return Texts(ids, shown, past, self.rows * copies)
 
-    def guided(self, negative: Any, negative_shown: Any) -> Texts:
+    def guided(self, others: Texts | None) -> Texts:
         """With rows of the same texts without their prompt, or with a negative one in its place."""
-        library, (ids, shown) = self.library, self[:2]
-        if negative is None:
-            negative = self.compact()[:, -1:]
-            negative_shown = negative >= 0
-        width = max(ids.shape[1], negative.shape[1])
+        if others is None:
+            last = self.compact()[:, -1:]
+            others = Texts(last, last >= 0, None, self.rows)
+        library = jnp if jnp in (self.library, others.library) else np
+        width = max(self.ids.shape[1], others.ids.shape[1])
 
-        def wide(values: Any) -> Any:
-            return library.pad(values, ((0, 0), (width - values.shape[1], 0)))
+        def joined(*values: Any) -> Any:
+            wide = (library.pad(x, ((0, 0), (width - x.shape[1], 0))) for x in values)
+            return library.concatenate(list(wide))
 
-        every = library.concatenate([wide(ids), wide(negative)])
-        every_shown = library.concatenate([wide(shown), wide(negative_shown)])
-        return self._replace(ids=every, shown=every_shown, widened=width - ids.shape[1])
+        ids, shown = joined(self.ids, others.ids), joined(self.shown, others.shown)
+        return self._replace(ids=ids, shown=shown, widened=width - self.ids.shape[1])
 
 
 def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
@@ -154,6 +154,7 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
         ValueError: a bad option or prompt, or no room for the tokens asked for.
     """
     config: OPTConfig = model.config
+    _check(call)
     asked = (call.generation_config or model.generation_config).merged(**options)
     params = model.params if call.params is None else call.params
     strategy = _strategy(asked, call.assistant_model, config)
@@ -176,14 +177,22 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
         program = program.assisted(module, parts_of(module), room)
         params = (params, call.assistant_model.params)
     numbers = _asked(asked, planned, config, program, texts, call.tokenizer)
-    begun = _begun(asked, planned, program, texts, numbers, call.tokenizer)
-    run = Run(program, params, asked, planned, begun, numbers, texts, call.input_ids)
+    begun = _begun(asked, planned, texts, numbers, call.tokenizer)
+    run = Run(program, params, asked, planned, begun, numbers, texts)
     if run.is_traced and asked.do_sample and asked.seed is None:
         raise ValueError(
             "inside a compiled program fresh entropy would be the same at every call; "
             "give a seed, or call generate outside of jax.jit"
         )
     return run
+
+
+def _check(call: Call) -> None:
+    arguments.check_generation_config(call.generation_config)
+    arguments.check_functions("logits_processor", call.logits_processor)
+    arguments.check_functions("stopping_criteria", call.stopping_criteria)
+    if call.negative_prompt_ids is None and call.negative_prompt_attention_mask is not None:
+        raise arguments.unused_negative_prompt()
 
 
 def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
@@ -210,13 +219,12 @@ def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
 
 def _with_guidance(call: Call, asked: GenerationConfig, config: OPTConfig, texts: Texts) -> Texts:
     if call.negative_prompt_ids is None:
-        return texts.guided(None, None)
+        return texts.guided(None)
     ids = _prompt(config, call.negative_prompt_ids, asked)
     copies = asked.num_return_sequences if asked.num_beams == 1 else 1
     arguments.check_negative_prompt(tuple(ids.shape), texts.rows // copies)
     shown = _shown(ids, call.negative_prompt_attention_mask, asked.padding_id)
-    library = jnp if is_traced(ids) or is_traced(shown) else np
-    return texts.guided(*(library.repeat(x, copies, axis=0) for x in (ids, shown)))
+    return texts.guided(Texts(ids, shown, None, len(ids)).repeated(copies))
 
 
 def _strategy(asked: GenerationConfig, assistant: Any, config: OPTConfig) -> Strategy:
@@ -302,25 +310,24 @@ def _asked(
     wanted = not program.keeps_cache or bool(program.functions.all)
     result = Asked(
         stops=stops,
-        fill=whole(asked.fill),
-        first=whole(P),
-        end=whole(P + planned.max_new_tokens),
-        row=whole(0),
+        fill=WHOLE(asked.fill),
+        first=WHOLE(P),
+        end=WHOLE(P + planned.max_new_tokens),
+        row=WHOLE(0),
         given={name: tuple(map(_narrow, arrays)) for name, arrays in numbers.items()},
         uniforms=_drawn(asked, planned, texts.rows, program) if asked.do_sample else None,
-        guidance=_REAL(asked.guidance_scale) if asked.is_guided else None,
+        guidance=REAL(asked.guidance_scale) if asked.is_guided else None,
         prompt=texts.filled(planned.width, asked.fill) if wanted else None,
+        alpha=REAL(asked.penalty_alpha) if asked.penalty_alpha else None,
     )
     if asked.stop_strings is not None:
         table: Any = _table(asked, tokenizer, V).after
         result = result._replace(table=table)
     if asked.num_beams > 1:
-        early = whole(3 if asked.waits_for_batch else _EARLY[asked.early_stopping])
-        result = result._replace(ranking=(early, _REAL(asked.length_penalty)))
-    if asked.penalty_alpha:
-        result = result._replace(alpha=_REAL(asked.penalty_alpha))
+        early = WHOLE(3 if asked.waits_for_batch else _EARLY[asked.early_stopping])
+        result = result._replace(ranking=(early, REAL(asked.length_penalty)))
     if asked.prompt_lookup_num_tokens and program.assistant is None:
-        result = result._replace(matching=whole(asked.max_matching_ngram_size or 2))
+        result = result._replace(matching=WHOLE(asked.max_matching_ngram_size or 2))
     return result
 
 
@@ -328,8 +335,8 @@ def _drawn(asked: GenerationConfig, planned: Plan, rows: int, program: Program) 
     """float32 `[rows, W, draws, 2]`."""
     draws = program.candidates if program.beams > 1 else 1
     result = np.zeros((rows, planned.width, draws, 2), np.float32)
-    steps = planned.max_new_tokens
-    result[:, :steps] = parts(uniforms(asked.seed, rows, steps, draws))
+    numbers = uniforms(asked.seed, rows, planned.max_new_tokens, draws)
+    result[:, : planned.max_new_tokens] = parts(numbers)
     return result
 
 
@@ -341,12 +348,7 @@ def _table(asked: GenerationConfig, tokenizer: Any, vocab_size: int) -> StopTabl
 
 
 def _begun(
-    asked: GenerationConfig,
-    planned: Plan,
-    program: Program,
-    texts: Texts,
-    numbers: Asked,
-    tokenizer: Any,
+    asked: GenerationConfig, planned: Plan, texts: Texts, numbers: Asked, tokenizer: Any
 ) -> Begun:
     library, held, P = texts.library, texts.held, planned.prompt_length
     tokens = texts.compact()
@@ -385,13 +387,11 @@ def _shown(prompt: Any, mask: Any, padding: int | None) -> Any:
         return prompt == prompt if padding is None else prompt != padding
     mask = mask if is_traced(mask) else np.asarray(mask)
     arguments.check_prompt_mask(tuple(mask.shape), tuple(prompt.shape))
+    if not is_traced(mask) and not np.isin(mask, (0, 1)).all():
+        raise arguments.unknown_mask_values()
     return mask != 0
 
 
-def whole(number: int) -> Any:
-    """A number as programs take it."""
-    return np.int32(number)
-
-
 def _narrow(array: Any) -> Any:
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32) if array.dtype == np.float64 else array

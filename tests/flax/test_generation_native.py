@@ -380,7 +380,7 @@ def test_a_stream_by_chunks_yields_the_same_tokens(
 
 
 def test_a_chunk_has_at_least_one_token(subject: Subject) -> None:
-    with pytest.raises(ValueError, match="chunk is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="chunk is 0; give a whole number of tokens, at least 1"):
         subject.model.stream(IDS, chunk=0)
 
 

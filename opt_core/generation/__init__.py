@@ -1,5 +1,6 @@
 """How decoding is asked for and planned: options, rules, lengths, uniforms, the states."""
 
+from opt_core.generation.answers import allowed_tokens
 from opt_core.generation.chain import ORDER, STEADY, Given, given
 from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig, Strategy
 from opt_core.generation.constraints import Candidate, ForcedWords, Hypothesis
@@ -36,6 +37,7 @@ __all__ = [
     "Streamer",
     "TextIteratorStreamer",
     "TextStreamer",
+    "allowed_tokens",
     "bucket",
     "check_chunk",
     "fresh_seed",

@@ -24,7 +24,7 @@ from opt_torch.generation.decoding import (
     whole_pass,
 )
 from opt_torch.generation.rules import Seen
-from opt_torch.generation.setup import Run
+from opt_torch.generation.setup import Run, evaluating
 from opt_torch.packed import packed
 
 #: From a state and the most that can be of use to the tokens that may follow.
@@ -140,9 +140,7 @@ class _Assistant:
 
     def __init__(self, run: Run) -> None:
         model, N = run.assistant, run.plan.max_new_tokens
-        # Functions of the caller may count their calls, and drafts are no calls of theirs.
-        rules = {n: r for n, r in run.rules.items() if n not in _OF_CALLER}
-        self.run = run._replace(model=model, rules=rules, past=None, packed=packed(model, N))
+        self.run = run._replace(model=evaluating(model), past=None, packed=packed(model, N))
         self.cache = Cache(model.config.num_hidden_layers, capacity=run.plan.capacity)
 
     def __call__(self, state: State, most: int) -> list[int]:
@@ -167,6 +165,3 @@ class _Assistant:
             drafts.append(int(chosen))
             text = torch.cat((text, chosen[:, None].to(text.dtype)), dim=1)
         return drafts
-
-
-_OF_CALLER = ("prefix_allowed_tokens_fn", "logits_processor")

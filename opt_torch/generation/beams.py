@@ -12,7 +12,7 @@ from torch import Tensor
 from opt_core import arguments
 from opt_core.generation import BeamState
 from opt_torch.decoder import Cache
-from opt_torch.generation.collecting import Found, Notes
+from opt_torch.generation.collecting import Found, Notes, own_cache
 from opt_torch.generation.cuts import best, draw_several
 from opt_torch.generation.decoding import (
     advance,
@@ -49,10 +49,14 @@ def search(run: Run, notes: Notes) -> Found:
     """
     state, scores = begin(run)
     for count in range(run.plan.max_new_tokens):
-        state, wrong = _settle(run, state, scores, count, notes)
-        is_wrong, is_done = torch.stack((wrong.any(), state.done.all())).tolist()
+        state, wrong, infinite = _settle(run, state, scores, count, notes)
+        flags = (wrong.any(), infinite.any(), state.done.all())
+        is_wrong, is_infinite, is_done = torch.stack(flags).tolist()
         if is_wrong:
             raise arguments.nan_scores(real_tokens(run, wrong.any(1), int(state.length) - 1))
+        if is_infinite:
+            rows = infinite.any(1)
+            raise arguments.infinite_scores(real_tokens(run, rows, int(state.length) - 1))
         if is_done:
             break
         if count + 1 < run.plan.max_new_tokens:
@@ -139,8 +143,11 @@ def matched(run: Run, state: Beams, chosen: Candidates) -> Tensor:
 
 def _settle(
     run: Run, state: Beams, scores: Tensor, count: int, notes: Notes
-) -> tuple[Beams, Tensor]:
-    """One step's choice, group by group: the state that runs on, and whose scores are NaN."""
+) -> tuple[Beams, Tensor, Tensor]:
+    """One step's choice, group by group: the state that runs on, and two times bool `[B, K]`.
+
+    They are the beams whose scores are NaN, and those of which nothing can be drawn beside +inf.
+    """
     B, K = state.scores.shape
     k = K // run.asked.num_beam_groups
     following = guided(run, scores)
@@ -160,7 +167,8 @@ def _settle(
             rivals = torch.cat((rivals, settled.taken), dim=1)
     ruled = _joined(all_ruled)  # [B, K, V]
     notes.add(scores[: B * K], ruled.flatten(0, 1))
-    wrong = wrong | ruled.amax(2).isnan()
+    highest = ruled.amax(2)
+    infinite = (highest == torch.inf) & live & (run.uniforms is not None)
     pool, scores, lengths, slots = map(_joined, zip(*(g.pool for g in groups), strict=True))
     state = state._replace(
         pool=pool,
@@ -170,7 +178,7 @@ def _settle(
         done=_joined([g.done for g in groups]),
     )
     running = map(_joined, zip(*(g.running for g in groups), strict=True))
-    return follow(run, state, Candidates(*running)), wrong & live
+    return follow(run, state, Candidates(*running)), (wrong | highest.isnan()) & live, infinite
 
 
 def _joined(groups: Sequence[Tensor]) -> Tensor:
@@ -197,7 +205,7 @@ def _settle_group(
     """Keep the candidates that end, let the best of the others run, see whether that is all."""
     asked, k = run.asked, group.stop - group.start
     is_last = count + 1 == run.plan.max_new_tokens
-    ends = ended(run, state, found, ruled)
+    ends = ended(run, state, found, ruled, group.start)
     was_done = state.done[:, group.start // k, None]
     pool = _pooled(run, state, group, found, (ends | is_last) & ~was_done)
     # Candidates are sorted: the first k that do not end, then, as beams that are none, the others.
@@ -247,8 +255,12 @@ def _pooled(
     return pool, pool_scores, lengths, slots
 
 
-def ended(run: Run, state: Beams, found: Candidates, ruled: Tensor) -> Tensor:
-    """Bool `[B, M]`: the candidates that end their text."""
+def ended(run: Run, state: Beams, found: Candidates, ruled: Tensor, first: int) -> Tensor:
+    """Bool `[B, M]`: the candidates that end their text.
+
+    Criteria see each with the scores of the beam that it follows, from those `[B * k, V]` of the
+    beams from the place `first` on.
+    """
     ends = run.stops.tokens[found.tokens]
     if run.stops.after is not None:
         ends = ends | (matched(run, state, found) == len(run.stops.after) - 1)
@@ -257,7 +269,9 @@ def ended(run: Run, state: Beams, found: Candidates, ruled: Tensor) -> Tensor:
         texts = _taken(state.tokens, found.beams)[:, :, : length + 1]
         texts[:, :, length] = found.tokens
         seen = Seen(texts.flatten(0, 1), run.prompt)
-        ends = ends | stopping_criteria(ruled, seen, run.stops.criteria).view(ends.shape)
+        behind = _taken(ruled.view(len(texts), -1, ruled.shape[1]), found.beams - first)
+        ended = stopping_criteria(behind.flatten(0, 1), seen, run.stops.criteria)
+        ends = ends | ended.view(ends.shape)
     return ends
 
 
@@ -371,27 +385,7 @@ def gathered(
     indices = (beams + texts).masked_fill(~is_there, -1).flatten(0, 1)
     return Found(
         tokens[:, :, P : P + n].flatten(0, 1),
-        _own_cache(run, state, slots[:, :, : P + n - 1], lengths),
+        own_cache(run, state.cache, slots[:, :, : P + n - 1], lengths),
         scores.flatten(),
         indices,
     )
-
-
-def _own_cache(run: Run, state: Beams, slots: Tensor, lengths: Tensor) -> Cache:
-    """The returned sequences' own keys and values; zeros where a shorter one was fed no more."""
-    if not (run.asked.use_cache and run.asked.return_dict_in_generate):
-        return Cache(0)
-    B, _, width = slots.shape
-    P = run.plan.prompt_length
-    columns = torch.arange(width, device=slots.device)
-    slots = torch.where(columns < P, columns, slots)
-    fed = (columns < P + lengths[..., None] - 1)[..., None]  # [B, r, width, 1]
-    rows = torch.arange(B, device=slots.device)[:, None, None]
-    pairs = []
-    for layer in zip(state.cache.keys, state.cache.values, strict=True):
-        # [B, H, S, D] -> [B, r, width, H, D] -> [B * r, H, width, D]
-        key, value = (
-            cast(Tensor, x).transpose(1, 2)[rows, slots].where(fed[..., None], 0.0) for x in layer
-        )
-        pairs.append((key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1).transpose(1, 2)))
-    return cast(Cache, Cache.of(pairs, len(pairs)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,18 @@ def record(run: Run, found: Found, notes: Notes) -> GenerateOutput:
         beam_indices=found.beam_indices,
         attentions=weights,
         hidden_states=states,
-        past_key_values=found.cache.counted() if run.asked.use_cache else None,
+        past_key_values=_past(run, found) if run.asked.use_cache else None,
     )
+
+
+def _past(run: Run, found: Found) -> Cache | None:
+    """The keys and values of the returned sequences alone, without what guidance has added."""
+    cache = found.cache.counted()
+    if not run.asked.is_guided:
+        return cache
+    rows, hidden = len(found.tokens), run.prompt.fed.shape[1] - run.prompt.given.shape[1]
+    pairs = [tuple(x[:rows, :, hidden:].contiguous() for x in layer) for layer in cache]
+    return Cache.of(pairs, len(pairs))
 
 
 def _inside(run: Run, found: Found) -> tuple[Any, Any]:
@@ -109,3 +119,26 @@ def _returned(run: Run, found: Found) -> tuple[Tensor, Tensor]:
         shown = run.prompt.shown[: len(given), -P:]
     shown = F.pad(shown.repeat_interleave(copies, 0), (0, new.shape[1]), value=True)
     return torch.cat((given.repeat_interleave(copies, 0), new), 1), shown
+
+
+def own_cache(run: Run, cache: Cache, slots: Tensor, lengths: Tensor) -> Cache:
+    """The keys and values of sequences whose columns lie in slots int `[B, r, n]` of a cache.
+
+    Behind the `lengths` `[B, r]` of what is new there are zeros.
+    """
+    if not (run.asked.use_cache and run.asked.return_dict_in_generate):
+        return Cache(0)
+    B, _, width = slots.shape
+    P = run.plan.prompt_length
+    columns = torch.arange(width, device=slots.device)
+    slots = torch.where(columns < P, columns, slots)
+    fed = (columns < P + lengths[..., None] - 1)[..., None]  # [B, r, width, 1]
+    rows = torch.arange(B, device=slots.device)[:, None, None]
+    pairs = []
+    for layer in zip(cache.keys, cache.values, strict=True):
+        # [B, H, S, D] -> [B, r, width, H, D] -> [B * r, H, width, D]
+        key, value = (
+            cast(Tensor, x).transpose(1, 2)[rows, slots].where(fed[..., None], 0.0) for x in layer
+        )
+        pairs.append((key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1).transpose(1, 2)))
+    return cast(Cache, Cache.of(pairs, len(pairs)))

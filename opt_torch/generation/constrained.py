@@ -73,10 +73,10 @@ def _step(run: Run, state: Beams, row: int, text: ForcedWords, ruled: Tensor) ->
     def total(beam: int, token: int) -> float:
         return float(sums[beam, token])
 
-    return text.step(found, total, _ends(run, state, row, sums))
+    return text.step(found, total, _ends(run, state, row, ruled))
 
 
-def _ends(run: Run, state: Beams, row: int, sums: Tensor) -> Callable[[int, int], bool]:
+def _ends(run: Run, state: Beams, row: int, ruled: Tensor) -> Callable[[int, int], bool]:
     """Whether a beam of a text would end with a token."""
     own = run._replace(
         prompt=run.prompt.row(row), stops=run.stops._replace(start=run.stops.start[row : row + 1])
@@ -84,9 +84,9 @@ def _ends(run: Run, state: Beams, row: int, sums: Tensor) -> Callable[[int, int]
     alone = state._replace(tokens=state.tokens[row : row + 1], matched=state.matched[row : row + 1])
 
     def ends(beam: int, token: int) -> bool:
-        place, chosen = (torch.tensor([[x]], device=sums.device) for x in (beam, token))
-        one = Candidates(sums[place, chosen], place, chosen)
-        return bool(beams.ended(own, alone, one, sums[beam : beam + 1]))
+        place, chosen = (torch.tensor([[x]], device=ruled.device) for x in (beam, token))
+        one = Candidates(ruled[place, chosen], place, chosen)
+        return bool(beams.ended(own, alone, one, ruled, 0))
 
     return ends
 

@@ -79,8 +79,9 @@ def eta_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
 
 
 def renormalize_logits(scores: Tensor, _: Seen) -> Tensor:
-    """Log-probabilities of what is left."""
-    return scores.log_softmax(1)
+    """Log-probabilities of what is left; beside a score of inf nothing else has one."""
+    whole = scores.logsumexp(1, keepdim=True)
+    return torch.where(whole == torch.inf, scores, scores - whole)
 
 
 def _entropy(log_probability: Tensor) -> Tensor:

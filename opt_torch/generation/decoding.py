@@ -90,9 +90,11 @@ def select(run: Run, state: State, scores: Tensor, count: int, notes: Notes) -> 
     """Choose the token of every row from the scores `[R, V]`, and write it; see `settled`."""
     ruled, wrong = processed(run, state, scores, notes)
     best, chosen = ruled.max(1)  # the lowest id of equals; NaN where any score is
+    nothing = best == -torch.inf
     if run.uniforms is not None:
         chosen = draw(ruled, run.uniforms[:, count, 0])
-    return settled(run, state, chosen, ruled, wrong | best.isnan(), best == -torch.inf)
+        nothing = best.isinf()
+    return settled(run, state, chosen, ruled, wrong | best.isnan(), nothing)
 
 
 def processed(run: Run, state: State, scores: Tensor, notes: Notes) -> tuple[Tensor, Tensor]:
@@ -111,7 +113,8 @@ def settled(
 ) -> tuple[State, bool]:
     """Write the chosen tokens `[B]`: the state, and whether all rows are finished now.
 
-    `wrong` and `nothing` are bool `[B]`: scores were NaN, or no token could be chosen.
+    `wrong` and `nothing` are bool `[B]`: scores were NaN, or no token could be chosen since all
+    were -inf, or drawn since one was +inf.
 
     Raises:
         ValueError: so it was in a row that is not finished.
@@ -133,7 +136,9 @@ def settled(
     if is_wrong:
         raise arguments.nan_scores(real_tokens(run, wrong, length))
     if is_nothing:
-        raise arguments.no_token_left(real_tokens(run, nothing, length))
+        is_infinite = bool((ruled[int(nothing.byte().argmax())] == torch.inf).any())
+        error = arguments.infinite_scores if is_infinite else arguments.no_token_left
+        raise error(real_tokens(run, nothing, length))
     longer = cast(Tensor, length + 1)
     return state._replace(length=longer, finished=finished, matched=matched), bool(done)
 

@@ -205,10 +205,10 @@ def _found(run: Run, notes: Notes, streamer: Streamer | Callable[[Tensor], None]
         return _SEARCHES[run.strategy](run, notes)
     if run.strategy is Strategy.ASSISTED and len(run.prompt.text) > 1:
         return assisted.rows(run, notes)
-    put, end = receiver(streamer, run.prompt.given, Tensor.cpu)
+    put, end = receiver(streamer, run.prompt.given.clone(), Tensor.cpu)
     state = None
     for state in _STATES[run.strategy](run, notes):
-        put(state.tokens[:, state.length - 1])
+        put(_newest(state))
     end()
     assert state is not None
     cache = state.cache.counted()
@@ -224,4 +224,9 @@ def _newest_tokens(states: Iterator[State]) -> Iterator[Tensor]:
             state = next(states, None)
         if state is None:
             return
-        yield state.tokens[:, state.length - 1]
+        yield _newest(state)
+
+
+def _newest(state: State) -> Tensor:
+    """The tokens `[B]` of the last step; a copy, since whoever gets them may write into them."""
+    return state.tokens[:, state.length - 1].clone()

@@ -7,13 +7,16 @@ it takes out of the choice becomes -inf. What each means stands in `opt_core.ref
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core import arguments
+from opt_core.generation import allowed_tokens
 
 
 class Prompt(NamedTuple):
@@ -27,8 +30,6 @@ class Prompt(NamedTuple):
     fed: Tensor
     #: bool `[R, P]`, or None where nothing is padded.
     shown: Tensor | None
-    #: The place of the first row in the batch that the caller knows.
-    first: int = 0
 
     def repeated(self, copies: int) -> Prompt:
         """Every row several times, in place."""
@@ -53,7 +54,7 @@ class Prompt(NamedTuple):
         """One row alone, where nothing is guided."""
         only = slice(place, place + 1)
         shown = None if self.shown is None else self.shown[only]
-        return Prompt(self.given[only], self.text[only], self.fed[only], shown, place)
+        return Prompt(self.given[only], self.text[only], self.fed[only], shown)
 
 
 class Seen(NamedTuple):
@@ -79,7 +80,7 @@ class Seen(NamedTuple):
 
     @property
     def ids(self) -> Tensor:
-        """Int `[N, P0 + n]`: the prompt as it was given, and what was chosen."""
+        """Int `[N, P0 + n]`: the prompt as it was given, and what was chosen; a copy each time."""
         start = self.prompt.given.repeat_interleave(self.copies, 0)
         return torch.cat((start, self.text[:, self.prompt.text.shape[1] :]), dim=1)
 
@@ -166,8 +167,9 @@ def exponential_decay_length_penalty(
     """Stop tokens grow likelier from column `start` on; what may not be chosen stays so."""
     if seen.length <= start:
         return scores
-    growth = factor ** (seen.length - start) - 1
-    grows = stops & (scores > -torch.inf)
+    # A tensor's power is inf where Python's raises an error.
+    growth = float(torch.tensor(factor, dtype=torch.float64) ** (seen.length - start)) - 1
+    grows = stops & (scores > -torch.inf) & (scores != 0)
     return torch.where(grows, scores + scores.abs() * growth, scores)
 
 
@@ -193,29 +195,34 @@ def begin_suppress_tokens(
 def prefix_allowed_tokens_fn(
     scores: Tensor, seen: Seen, allowed: Callable[[int, Tensor], Iterable[int]]
 ) -> Tensor:
-    """Only the ids that the function names for a row of the batch and its text."""
-    result, copies = scores.clone(), seen.copies
-    live = [True] * len(scores) if seen.live is None else seen.live.tolist()
+    """Only the ids that the function names for a row of the batch and its text.
+
+    Raises:
+        ValueError: it gives something else than ids, or a bool for each; names it.
+    """
+    rows, V = scores.shape
+    may_follow = np.ones((rows, V), np.bool_)
+    live = [True] * rows if seen.live is None else seen.live.tolist()
     for row, text in enumerate(seen.ids):
         if live[row]:
-            ids = [int(token) for token in allowed(seen.prompt.first + row // copies, text)]
-            result[row] = -torch.inf
-            result[row, ids] = scores[row, ids]
-    return result
+            answer = allowed(row // seen.copies, text)
+            answer = answer.cpu() if isinstance(answer, Tensor) else answer
+            may_follow[row] = allowed_tokens(allowed, row // seen.copies, answer, V)
+    forbidden = torch.from_numpy(~may_follow).to(scores.device)
+    return scores.masked_fill(forbidden, -torch.inf)
 
 
 def logits_processor(scores: Tensor, seen: Seen, functions: Iterable[Any]) -> Tensor:
     """Each function's scores in the place of those before it, float32 as a model gives them.
 
     Raises:
-        ValueError: a function gives another shape; names it.
+        ValueError: a function gives another shape, or no array; names it.
     """
-    ids, processed = seen.ids, scores.float()
-    shape = tuple(scores.shape)
+    processed = scores.to(torch.float32, copy=True)
+    allowed = (tuple(scores.shape),)
     for function in functions:
-        processed = function(ids, processed)
-        found = tuple(getattr(processed, "shape", ()))
-        arguments.check_answer(function, "logits processor", found, (shape,))
+        answer = function(seen.ids, processed)
+        processed = _answer(answer, function, "logits processor", allowed, scores.device)
     return processed.to(scores.dtype)
 
 
@@ -225,15 +232,36 @@ def stopping_criteria(scores: Tensor, seen: Seen, functions: Iterable[Any]) -> T
     Raises:
         ValueError: a function gives neither a bool nor one for each row; names it.
     """
-    rows = len(seen.text)
-    ids, scores = seen.ids, scores.float()
-    ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+    rows, device = len(seen.text), scores.device
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for function in functions:
-        found = torch.as_tensor(function(ids, scores), device=ids.device)
-        shape = tuple(found.shape)
-        arguments.check_answer(function, "stopping criterion", shape, ((), (rows,)))
-        ended = ended | found.bool()
+        answer = function(seen.ids, scores.to(torch.float32, copy=True))
+        ended = (
+            ended | _answer(answer, function, "stopping criterion", ((), (rows,)), device).bool()
+        )
     return ended
+
+
+def _answer(
+    answer: Any,
+    function: object,
+    kind: str,
+    allowed: tuple[tuple[int, ...], ...],
+    device: torch.device,
+) -> Tensor:
+    """What a function gave, also as an array of NumPy.
+
+    Raises:
+        ValueError: it is no array of an allowed shape; names the function.
+    """
+    found = None
+    # What has neither a length nor a type of numbers is refused below.
+    with suppress(TypeError, ValueError, RuntimeError):
+        found = torch.as_tensor(answer, device=device)
+    shape = None if found is None else tuple(found.shape)
+    arguments.check_answer(function, kind, shape, allowed)
+    assert found is not None
+    return found
 
 
 def _holds_one(text: Tensor) -> Tensor:

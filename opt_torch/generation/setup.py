@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from opt_core import arguments
 from opt_core.generation import (
@@ -92,21 +92,24 @@ def settle(
     Raises:
         ValueError: a bad option, prompt or argument, or no room for the tokens asked for.
     """
-    merged = (generation or model.generation_config).merged(**options)
+    arguments.check_functions("logits_processor", asked.logits_processor)
+    arguments.check_functions("stopping_criteria", asked.stopping_criteria)
+    merged = _merged(model, generation, options)
     strategy = _strategy(model, merged, asked)
+    still = evaluating(model)
     copies = merged.num_return_sequences if merged.num_beams == 1 else 1
     ids = _ids(input_ids, merged, model)
     shown = _shown(ids, asked.attention_mask, merged.padding_id)
     past = _past(model, ids, shown, merged, asked.past_key_values)
-    start = _prompt(ids, shown, merged, asked)
-    virtual = _virtual(model, ids, shown)
+    start = _prompt(ids, shown, merged, asked, model.config.vocab_size)
+    virtual = _virtual(still, ids, shown)
     if virtual is not None:
         _check_virtual(merged, past)
         past, start = virtual, start.behind(virtual.get_seq_length())
     planned = _plan(merged, model.config, start, ids.shape[1], strategy)
     start = start.repeated(copies)
     return Run(
-        model,
+        still,
         merged,
         strategy,
         planned,
@@ -120,22 +123,58 @@ def settle(
     )
 
 
+def _merged(
+    model: Any, generation: GenerationConfig | None, options: Mapping[str, Any]
+) -> GenerationConfig:
+    generation = model.generation_config if generation is None else generation
+    arguments.check_generation_config(generation)
+    return generation.merged(**options)
+
+
 def _strategy(model: Any, merged: GenerationConfig, asked: Asked) -> Strategy:
-    """How tokens are chosen.
+    """How tokens are chosen; nobody drafts where functions may look at several rows together.
 
     Raises:
         ValueError: an assistant cannot draft for it.
     """
     strategy = merged.strategy
-    if asked.assistant_model is None:
-        return strategy
+    if asked.assistant_model is not None:
+        _check_assistant(model, merged, asked)
+        strategy = Strategy.ASSISTED
+    functions = (asked.logits_processor, asked.stopping_criteria, asked.prefix_allowed_tokens_fn)
+    if strategy is Strategy.ASSISTED and any(functions):
+        return Strategy.SAMPLING if merged.do_sample else Strategy.GREEDY
+    return strategy
+
+
+def _check_assistant(model: Any, merged: GenerationConfig, asked: Asked) -> None:
     vocab_size = asked.assistant_model.config.vocab_size
-    arguments.check_assistant(strategy.value, model.config.vocab_size, vocab_size)
+    arguments.check_assistant(merged.strategy.value, model.config.vocab_size, vocab_size)
     if not merged.use_cache:
         raise arguments.assistant_needs("use_cache", "True")
     if merged.is_guided:
         raise arguments.assistant_needs("guidance_scale", "1.0")
-    return Strategy.ASSISTED
+
+
+def evaluating(model: Any) -> Any:
+    """The model as in evaluation: nothing of it is dropped by chance.
+
+    Where a part of it trains this is a copy of the modules over the same weights, so that other
+    threads, and the caller after an error, find all modes as they were.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if module not in copies:
+            copy = copies[module] = type(module).__new__(type(module))
+            copy.__dict__ |= vars(module)
+            children = {n: m if m is None else copied(m) for n, m in module._modules.items()}
+            copy.__dict__ |= {"training": False, "_modules": children}
+        return copies[module]
+
+    return copied(model)
 
 
 # The prompt
@@ -161,19 +200,25 @@ def _shown(ids: Tensor, mask: Tensor | None, padding: int | None) -> Tensor:
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
     arguments.check_prompt_mask(tuple(mask.shape), tuple(ids.shape))
-    return mask.to(ids.device) != 0
+    mask = mask.to(ids.device)
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise arguments.unknown_mask_values()
+    return mask != 0
 
 
-def _prompt(ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked) -> Prompt:
+def _prompt(
+    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked, vocab_size: int
+) -> Prompt:
     """The rows as asked and, under guidance, the rows without their prompt below them."""
-    fed = ids
+    fed, has_negative = ids, asked.negative_prompt_ids is not None
+    has_mask = asked.negative_prompt_attention_mask is not None
+    if (has_negative and not merged.is_guided) or (has_mask and not has_negative):
+        raise arguments.unused_negative_prompt()
     if merged.is_guided:
-        others, are_shown = _without_prompt(ids, shown, merged, asked)
+        others, are_shown = _without_prompt(ids, shown, merged, asked, vocab_size)
         width = max(ids.shape[1], others.shape[1])
         fed = torch.cat((_widened(ids, width), _widened(others, width)))
         shown = torch.cat((_widened(shown, width), _widened(are_shown, width)))
-    elif asked.negative_prompt_ids is not None:
-        raise arguments.unused_negative_prompt()
     real = shown[: len(ids)]
     # False before True: padding first, then the real tokens in their order.
     order = real.long().argsort(dim=1, stable=True)
@@ -182,7 +227,7 @@ def _prompt(ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked) 
 
 
 def _without_prompt(
-    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked
+    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """What the rows without their prompt begin with: `[B, Q]` ids and which of them are real."""
     given_ids, mask = asked.negative_prompt_ids, asked.negative_prompt_attention_mask
@@ -191,8 +236,8 @@ def _without_prompt(
         places = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(shown, places, 0).amax(1, keepdim=True)
         return ids.gather(1, last), torch.ones_like(last, dtype=torch.bool)
-    given_ids = given_ids.to(ids)
     arguments.check_negative_prompt(tuple(given_ids.shape), len(ids))
+    given_ids = _checked(given_ids, vocab_size).to(ids)
     return given_ids, _shown(given_ids, mask, merged.padding_id)
 
 

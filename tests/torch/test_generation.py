@@ -142,3 +142,189 @@ def test_generation_leaves_the_options_it_was_given_alone(subject: Subject) -> N
 def test_only_a_language_model_generates(wing: Wing) -> None:
     for head in (Head.NONE, Head.SEQUENCE_CLASSIFICATION, Head.QUESTION_ANSWERING):
         assert not hasattr(wing.fresh(head, tiny()), "generate")
+
+
+DROPPING: dict[str, Any] = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+TRAINED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "seed": 3},
+    "beams": {"num_beams": 2},
+    "forced words": {"num_beams": 2, "force_words_ids": [[7]]},
+    "contrastive": {"penalty_alpha": 0.5, "top_k": 3},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "guidance": {"guidance_scale": 2.0},
+    "compiled": {"compiled": "eager"},
+}
+
+
+@pytest.mark.parametrize("strategy", TRAINED)
+def test_a_model_in_training_generates_as_in_evaluation(wing: Wing, strategy: str) -> None:
+    subject = Subject(wing, **DROPPING)
+    asked: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "return_dict_in_generate": True,
+        "output_hidden_states": True,
+        **TRAINED[strategy],
+    }
+    right = subject.generate(IDS, **asked)
+    subject.model.train()
+    subject.model.model.decoder.layers[1].eval()
+    modes = [module.training for module in subject.model.modules()]
+    before = torch.get_rng_state()
+    found = subject.generate(IDS, **asked)
+    np.testing.assert_array_equal(found.sequences, right.sequences)
+    np.testing.assert_array_equal(found.hidden_states[0][-1], right.hidden_states[0][-1])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in subject.model.modules()] == modes
+
+
+def test_a_part_that_trains_alone_drops_nothing(wing: Wing) -> None:
+    subject = Subject(wing, **DROPPING)
+    right = subject.generate(IDS, max_new_tokens=6)
+    subject.model.model.decoder.layers[0].train()
+    np.testing.assert_array_equal(subject.generate(IDS, max_new_tokens=6), right)
+
+
+def test_an_assistant_in_training_drafts_as_in_evaluation(wing: Wing) -> None:
+    subject, seen = Subject(wing, **DROPPING), []
+    other = Subject(wing, **DROPPING).model.train()
+    other.lm_head.register_forward_hook(lambda _module, _inputs, scores: seen.append(scores))
+    before = torch.get_rng_state()
+    for _ in range(2):
+        subject.generate(IDS[:1], max_new_tokens=6, assistant_model=other)
+    assert torch.equal(torch.get_rng_state(), before)
+    half = len(seen) // 2
+    assert half
+    for one, again in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(one, again)
+    assert other.training
+
+
+def test_the_mode_stays_while_tokens_come(wing: Wing) -> None:
+    """Other threads may train meanwhile."""
+    model = Subject(wing, **DROPPING).model.train()
+    for _ in model.stream(torch.from_numpy(IDS), max_new_tokens=3):
+        assert all(module.training for module in model.modules())
+    seen: list[bool] = []
+    model.generate(
+        torch.from_numpy(IDS),
+        max_new_tokens=3,
+        streamer=lambda tokens: seen.append(all(m.training for m in model.modules())),
+    )
+    assert seen == [True] * 3
+
+
+def test_what_is_trained_further_is_what_generates(wing: Wing) -> None:
+    subject = Subject(wing, **DROPPING)
+    model = subject.model.train()
+    subject.generate(IDS, max_new_tokens=3)
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight.mul_(-1)
+        model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
+    found = subject.generate(IDS, max_new_tokens=6)
+    model.eval()
+    np.testing.assert_array_equal(found, subject.generate(IDS, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+@pytest.mark.parametrize(
+    "strategy",
+    [{}, {"do_sample": True, "seed": 2}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_the_cache_of_a_guided_call_holds_what_is_returned(
+    subject: Subject, strategy: dict[str, Any], width: int
+) -> None:
+    model, ids = subject.model, torch.from_numpy(IDS)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    record = model.generate(
+        ids,
+        attention_mask=mask,
+        guidance_scale=2.0,
+        negative_prompt_ids=torch.from_numpy(words(2, width, seed=9)),
+        negative_prompt_attention_mask=torch.ones(2, width),
+        return_dict_in_generate=True,
+        max_new_tokens=3,
+        eos_token_id=None,
+        **strategy,
+    )
+    sequences, past = record.sequences, record.past_key_values
+    copies = len(sequences) // 2
+    mask = torch.nn.functional.pad(mask.repeat_interleave(copies, 0), (0, 3), value=1)
+    assert past.get_seq_length() == 6
+    with torch.no_grad():
+        whole = model(sequences[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+    for found, right in zip(past, whole.past_key_values, strict=True):
+        for mine, other in zip(found, right, strict=True):
+            real = mask[:, None, :-1, None].bool()
+            torch.testing.assert_close(mine * real, other * real, rtol=0, atol=1e-5)
+    asked: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": None}
+    fresh = model.generate(sequences, attention_mask=mask, **asked)
+    further = model.generate(sequences, attention_mask=mask, past_key_values=past, **asked)
+    assert torch.equal(further, fresh)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sampling", "contrastive", "lookup"])
+def test_what_is_written_into_streamed_tokens_changes_nothing(
+    subject: Subject, strategy: str
+) -> None:
+    class Writer:
+        def put(self, value: torch.Tensor) -> None:
+            value.fill_(1)
+
+        def end(self) -> None:
+            pass
+
+    model, ids = subject.model, torch.from_numpy(IDS[:1].copy())
+    asked: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, **TRAINED[strategy]}
+    right = model.generate(ids, **asked)
+    steps = []
+    for tokens in model.stream(ids, **asked):
+        steps.append(tokens.clone())
+        tokens.fill_(1)
+    assert torch.equal(torch.stack(steps, 1), right[:, 4:])
+    for streamer in (Writer(), lambda tokens: tokens.fill_(1)):
+        assert torch.equal(model.generate(ids, streamer=streamer, **asked), right)
+    np.testing.assert_array_equal(ids, IDS[:1])
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sampling", "beams", "forced words", "contrastive"])
+def test_what_functions_write_into_their_tokens_changes_nothing(
+    subject: Subject, strategy: str
+) -> None:
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.clone())
+        ids.fill_(1)
+        return scores
+
+    def criterion(ids: torch.Tensor, scores: torch.Tensor) -> bool:
+        seen.append(ids.clone())
+        ids.fill_(1)
+        scores.fill_(-torch.inf)
+        return False
+
+    def prefix(_row: int, ids: torch.Tensor) -> range:
+        ids.fill_(1)
+        return range(40)
+
+    seen: list[torch.Tensor] = []
+    asked: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        **TRAINED[strategy],
+    }
+    right = subject.generate(IDS, **asked)
+    for functions in (
+        {"logits_processor": [processor, processor], "prefix_allowed_tokens_fn": prefix},
+        {"stopping_criteria": [criterion, criterion]},
+    ):
+        seen.clear()
+        found = subject.generate(IDS, **asked, **functions)
+        np.testing.assert_array_equal(found.sequences, right.sequences)
+        for mine, other in zip(found.scores, right.scores, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-6)
+        if strategy != "forced words":
+            for first, second in zip(seen[::2], seen[1::2], strict=True):
+                assert torch.equal(first, second)

@@ -12,7 +12,15 @@ from tensorflow import Tensor
 from opt_core.generation import BeamState
 from opt_tf.decoder import Cache
 from opt_tf.generation.collecting import Carried, Found, of_beams
-from opt_tf.generation.cuts import NAN, NOTHING, SOUND, best, draw_several
+from opt_tf.generation.cuts import (
+    INFINITE,
+    NAN,
+    NOTHING,
+    SOUND,
+    best,
+    draw_several,
+    has_infinite,
+)
 from opt_tf.generation.decoding import Net, Run
 from opt_tf.generation.rules import after, guided, is_met, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
@@ -164,7 +172,7 @@ def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
             tf.reshape(scores[:B], (B * K, V)),
             tf.cast(tf.reshape(joined.ruled, (B * K, V)), tf.float32),
         )
-    return Carried(_noted(state, joined, told, made), _fault(state, joined), seen)
+    return Carried(_noted(state, joined, told, made), _fault(state, joined, scores, told), seen)
 
 
 def log_probabilities(scores: Tensor, B: int, told: Told) -> Tensor:
@@ -289,13 +297,17 @@ def _pooled(
     return pool, kept, was | is_settled | tf.reduce_all(going == lowest, axis=1)
 
 
-def _fault(state: State, step: Step) -> Tensor:
+def _fault(state: State, step: Step, raw: Tensor, told: Told) -> Tensor:
     """What is wrong with the scores of each text that goes on: int32 `[B]`."""
     goes_on = ~tf.reduce_all(state.done, axis=1)
     alive = tf.reduce_any(step.scores > -np.inf, axis=1)
     ended = tf.reduce_any(step.kept_scores > -np.inf, axis=1)
     nothing = tf.where(alive | ended, SOUND, NOTHING)
-    found = tf.where(tf.reduce_any(step.fault == NAN, axis=1), NAN, nothing)
+    is_nan = tf.reduce_any(step.fault == NAN, axis=1)
+    found = tf.where(is_nan, NAN, nothing)
+    if told.uniforms is not None:
+        is_infinite = has_infinite(raw, step.ruled, is_nan, is_mended=told.is_mended)
+        found = tf.where(is_infinite, INFINITE, found)
     return tf.where(goes_on, found, SOUND)
 
 

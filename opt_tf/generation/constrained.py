@@ -23,7 +23,7 @@ from opt_tf.generation.setup import Made, Setup, Told
 class Offer(NamedTuple):
     """What the beams of a step could become."""
 
-    totals: Tensor  # float64 [B, K, V]: the sums of all pairs of beam and token
+    ruled: Tensor  # float64 [B, K, V]: the log-probabilities of all pairs of beam and token
     values: Tensor  # float64 [B, M]: those of the best pairs
     places: Tensor  # int32 [B, M]: beam * V + token
     fault: Tensor  # int32 [B]
@@ -36,6 +36,11 @@ class Constrained(Run):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.texts = [ForcedWords(setup.asked, setup.plan) for _ in setup.prompt]
+
+    def warm(self) -> None:
+        """Make the programs: the loop is in Python, and runs for one step."""
+        carried = self.first()
+        self.go_on(carried, tf.minimum(carried.state.length + 1, self.told.end))
 
     def first(self) -> Carried:
         """The prompt is fed, and the first token of every beam chosen."""
@@ -92,8 +97,9 @@ class Constrained(Run):
 
     def _chosen(self, state: State, offer: Offer) -> Carried:
         """The state in which the beams go on that each text chooses."""
-        B, K, V = offer.totals.shape
-        totals, values, places = (x.numpy() for x in (offer.totals, offer.values, offer.places))
+        B, K, V = offer.ruled.shape
+        totals = (offer.ruled + state.scores[..., None]).numpy()
+        values, places = offer.values.numpy(), offer.places.numpy()
         parents, tokens = np.zeros((B, K), np.int32), np.full((B, K), self.setup.asked.fill, "i4")
         scores = np.full((B, K), -np.inf)
         for row, text in enumerate(self.texts):
@@ -122,7 +128,7 @@ class Constrained(Run):
         if not criteria:
             return False
         text = self._text(state, row, beam, token)
-        scores = tf.cast(offer.totals[row, beam][None], tf.float32)
+        scores = tf.cast(offer.ruled[row, beam][None], tf.float32)
         return any(bool(is_met(criterion, text, scores)[0]) for criterion in criteria)
 
     def _text(self, state: State, row: int, beam: int, token: int) -> Text:
@@ -152,7 +158,8 @@ def offered(state: State, scores: Tensor, told: Told, made: Made) -> Offer:
     logs = tf.reshape(log_probabilities(scores, B, told), (B * K, V))
     text = text_of(tf.reshape(state.tokens, (B * K, W)), state.length, told, K)
     changed = ruled(logs, text, told.rules, made.functions)
-    totals = tf.reshape(changed, (B, K, V)) + state.scores[..., None]
+    each = tf.reshape(changed, (B, K, V))
+    totals = each + state.scores[..., None]
     is_bad = tf.math.is_nan(changed)
     if not told.is_mended:
         is_bad |= tf.math.is_nan(logs)
@@ -161,4 +168,4 @@ def offered(state: State, scores: Tensor, told: Told, made: Made) -> Offer:
     seen: tuple[Tensor, ...] = ()
     if made.collects:
         seen = tf.reshape(scores[:B], (B * K, V)), tf.cast(changed, tf.float32)
-    return Offer(totals, *best(tf.reshape(totals, (B, K * V)), made.candidates), fault, seen)
+    return Offer(each, *best(tf.reshape(totals, (B, K * V)), made.candidates), fault, seen)

@@ -89,11 +89,13 @@ def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
     state = search.plain
     raw = net.scores(search.hidden)  # [B, V]
     text = text_of(state.tokens, state.length, told)
-    changed = ruled(guided(raw, told), text, told.rules, made.functions)
-    changed = tf.cast(changed, tf.float64)
+    asked = guided(raw, told)
+    changed = tf.cast(ruled(asked, text, told.rules, made.functions), tf.float64)
     count = min(made.candidates, changed.shape[1])
     values, candidates = best(changed, count)  # [B, k]
-    fault = fault_of(raw, changed, candidates[:, 0], is_mended=told.is_mended)
+    # A probability beside +inf is as little one to weigh as one to draw by.
+    kind = {"is_mended": told.is_mended, "is_drawn": True}
+    fault = fault_of(raw, asked, changed, candidates[:, 0], **kind)
     places = tf.range(state.mask.shape[1]) == state.length + tf.range(count)[:, None]
     mask = state.mask[:, None] | places  # [B, k, S]: the past, and itself
     positions = tf.repeat(state.positions[:, None], count, axis=1)

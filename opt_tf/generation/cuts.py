@@ -9,8 +9,18 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-#: What is wrong with the scores of a step: nothing, they are NaN, or all are -inf.
-SOUND, NAN, NOTHING = range(3)
+from opt_core import arguments
+
+#: What is wrong with the scores of a step: nothing, they are NaN, all are -inf, or one that is to
+#: be drawn from is +inf.
+SOUND, NAN, NOTHING, INFINITE = range(4)
+
+#: The errors for them, which name a length.
+ERRORS = {
+    NAN: arguments.nan_scores,
+    NOTHING: arguments.no_token_left,
+    INFINITE: arguments.infinite_scores,
+}
 
 
 def top_k(scores: Tensor, count: Tensor) -> Tensor:
@@ -101,17 +111,36 @@ def chosen_of(scores: Tensor, uniforms: Tensor | None, column: Tensor) -> Tensor
     return draw(scores, tf.gather(uniforms, column, axis=1)[:, 0])
 
 
-def fault_of(scores: Tensor, changed: Tensor, chosen: Tensor, *, is_mended: bool) -> Tensor:
-    """What is wrong with the scores of each row, before the rules or after: int32 `[B]`.
+def fault_of(
+    raw: Tensor, scores: Tensor, changed: Tensor, chosen: Tensor, *, is_mended: bool, is_drawn: bool
+) -> Tensor:
+    """What is wrong with the scores of each text, as int32 `[B]`.
 
-    Rules that mend NaN make what was before them good.
+    They are `raw` `[R, V]` of the model, `[B, V]` before the rules and after them; a `chosen` token
+    is there. Rules that mend NaN make what was before them good.
     """
     best = tf.gather(changed, chosen, batch_dims=1)
     is_nan = tf.reduce_any(tf.math.is_nan(changed), axis=1)
     if not is_mended:
         is_nan |= tf.reduce_any(tf.math.is_nan(scores), axis=1)
-    nothing = tf.where(best == -np.inf, NOTHING, SOUND)
-    return tf.where(is_nan, NAN, nothing)
+    found = tf.where(is_nan, NAN, tf.where(best == -np.inf, NOTHING, SOUND))
+    if is_drawn:
+        is_infinite = has_infinite(raw, changed, is_nan, is_mended=is_mended)
+        found = tf.where(is_infinite, INFINITE, found)
+    return found
+
+
+def has_infinite(raw: Tensor, changed: Tensor, is_nan: Tensor, *, is_mended: bool) -> Tensor:
+    """Whether a score of each text is +inf after the rules, or NaN for that reason: bool `[B]`."""
+    B = is_nan.shape[0]
+
+    def some(scores: Tensor) -> Tensor:
+        # With guidance a text has two rows.
+        each = tf.reshape(scores == np.inf, (scores.shape[0] // B, B, -1))
+        return tf.reduce_any(each, axis=(0, 2))
+
+    found = some(changed)
+    return found if is_mended else found | (is_nan & some(raw))
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

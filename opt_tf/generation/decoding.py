@@ -11,12 +11,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import arguments
 from opt_core.generation import DecodeState
 from opt_tf.attention import Visible, choose
 from opt_tf.decoder import Cache, positions_of
 from opt_tf.generation.collecting import Carried, Fed, Found, in_room, joined, kept
-from opt_tf.generation.cuts import NAN, SOUND, chosen_of, fault_of
+from opt_tf.generation.cuts import ERRORS, SOUND, chosen_of, fault_of
 from opt_tf.generation.rules import after, guided, is_met, keyed, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
 
@@ -151,9 +150,9 @@ class Run:
         raise AssertionError("every strategy says what it found")
 
     def warm(self) -> None:
-        """Make the programs, and run them no further than the first choice."""
-        carried = self.first()
-        self.go_on(carried, carried.state.length)
+        """Make the programs, and run no further than needed: a loop in Python for one step."""
+        end = (carried := self.first()).state.length + int(self.setup.hosted)
+        self.go_on(carried, tf.minimum(end, self.told.end))
 
     def begun(self) -> Carried:
         """`first`, if its scores are sound."""
@@ -223,7 +222,7 @@ class Run:
             row = int(faults.argmax())
             new = int(carried.state.length) - 1 - self.setup.plan.prompt_length
             length = int(self.setup.shown[row].sum()) + new
-            raise (arguments.nan_scores if faults[row] == NAN else arguments.no_token_left)(length)
+            raise ERRORS[int(faults[row])](length)
         return carried
 
 
@@ -326,12 +325,13 @@ def step(net: Net, state: State, told: Told) -> tuple[State, Tensor]:
 
 def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
     """Choose the token of every row from its scores `[R, V]`, and note it."""
-    raw, scores = scores[: state.tokens.shape[0]], guided(scores, told)
     text = text_of(state.tokens, state.length, told)
-    changed = ruled(scores, text, told.rules, made.functions)
+    asked = guided(scores, told)
+    changed = ruled(asked, text, told.rules, made.functions)
     chosen = chosen_of(changed, told.uniforms, state.length)
-    fault = fault_of(scores, changed, chosen, is_mended=told.is_mended)
-    return noted(state, chosen, raw, changed, fault, told, made)
+    kind = {"is_mended": told.is_mended, "is_drawn": told.uniforms is not None}
+    fault = fault_of(scores, asked, changed, chosen, **kind)
+    return noted(state, chosen, scores[: chosen.shape[0]], changed, fault, told, made)
 
 
 def noted(

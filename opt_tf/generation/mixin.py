@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Strategy, Streamer, receiver
+from opt_core.generation import (
+    GenerationConfig,
+    StopTable,
+    Strategy,
+    Streamer,
+    check_chunk,
+    receiver,
+)
 from opt_core.outputs import GenerateOutput
 from opt_tf.generation.assisted import Assisted
 from opt_tf.generation.beams import Beams
@@ -17,6 +26,7 @@ from opt_tf.generation.collecting import newest, record, sequences
 from opt_tf.generation.constrained import Constrained
 from opt_tf.generation.contrastive import Contrastive
 from opt_tf.generation.decoding import Plain
+from opt_tf.generation.rules import Functions
 from opt_tf.generation.setup import Setup, settle
 
 
@@ -34,6 +44,34 @@ class Given(NamedTuple):
     negative_prompt_attention_mask: Any = None
     tokenizer: Any = None
     compiled: bool = True
+
+    @property
+    def functions(self) -> Functions:
+        """Those that become a part of the programs, or run beside them."""
+        arguments.check_functions("logits_processor", self.logits_processor)
+        arguments.check_functions("stopping_criteria", self.stopping_criteria)
+        return Functions(
+            self.prefix_allowed_tokens_fn,
+            tuple(self.logits_processor or ()),
+            tuple(self.stopping_criteria or ()),
+        )
+
+    def stop_table(
+        self,
+        strings: str | list[str] | None,
+        vocab_size: int,
+        ids: NDArray[np.int32],
+        shown: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int32] | None, NDArray[np.int32]]:
+        """The table of the stop strings, and the state in which each text starts."""
+        if not strings:
+            return None, np.zeros(len(ids), np.int32)
+        if self.tokenizer is None:
+            raise arguments.missing_tokenizer()
+        given = [strings] if isinstance(strings, str) else strings
+        table = StopTable.of(given, self.tokenizer, vocab_size)
+        states = [table.start(row[real]) for row, real in zip(ids, shown, strict=True)]
+        return table.after, np.array(states, np.int32)
 
 
 _RUNS = {
@@ -138,9 +176,10 @@ class GenerationMixin:
         One call of a program chooses `chunk` tokens: more of them cost less, and come later.
 
         Raises:
-            ValueError: as `generate`; with beams, which settle at the end, and with drafts for
-                several rows, which run one after the other.
+            ValueError: as `generate`; with beams, which settle at the end, with drafts for several
+                rows, which run one after the other, and with a chunk of less than one token.
         """
+        check_chunk(chunk)
         call = Given(
             input_ids,
             attention_mask,
@@ -163,19 +202,33 @@ class GenerationMixin:
         batch_size: int = 1,
         prompt_length: int = 8,
         *,
-        tokenizer: Any = None,
+        logits_processor: Sequence[Callable[..., Any]] | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        prefix_allowed_tokens_fn: Callable[..., Any] | None = None,
         assistant_model: Any = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        tokenizer: Any = None,
         compiled: bool = True,
         **options: Any,
     ) -> None:
-        """Compile the programs that `generate` runs for such prompts with such options."""
+        """Compile the programs that `generate` runs for such prompts with such options.
+
+        Functions are called with texts of token 0; one that cannot be traced as in `generate`.
+        """
         ids = tf.zeros((batch_size, prompt_length), tf.int32)
         call = Given(
             ids,
             tf.ones_like(ids),
-            assistant_model=assistant_model,
-            tokenizer=tokenizer,
-            compiled=compiled,
+            None,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            assistant_model,
+            negative_prompt_ids,
+            negative_prompt_attention_mask,
+            tokenizer,
+            compiled,
         )
         setup = settle(self, call, None, options)
         _RUNS[setup.strategy](setup).warm()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
-from opt_core.generation import ORDER, StopTable
+from opt_core.generation import ORDER
 from opt_tf.generation import cuts
 
 if TYPE_CHECKING:
@@ -212,7 +212,8 @@ def exponential_decay_length_penalty(
 ) -> Tensor:
     """Make stop tokens the likelier the longer a text is past `start`."""
     past = text.length - start
-    grown = tf.abs(scores) * (factor ** tf.cast(past, scores.dtype) - 1)
+    # A score of 0 stays one, however large the power.
+    grown = tf.math.multiply_no_nan(factor ** tf.cast(past, scores.dtype) - 1, tf.abs(scores))
     # What may not be chosen stays so: -inf and inf would be NaN.
     return tf.where(stops & (past > 0) & tf.math.is_finite(scores), scores + grown, scores)
 
@@ -257,32 +258,6 @@ RULES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-# --- stop strings ------------------------------------------------------------------------------
-
-
-def stop_table(
-    strings: str | list[str] | None,
-    tokenizer: Any,
-    vocab_size: int,
-    ids: NDArray[np.int32],
-    shown: NDArray[np.bool_],
-    B: int,
-) -> tuple[NDArray[np.int32] | None, NDArray[np.int32]]:
-    """The table of the stop strings, and the state in which each text starts."""
-    if not strings:
-        return None, np.zeros(B, np.int32)
-    if tokenizer is None:
-        raise arguments.missing_tokenizer()
-    table = StopTable.of([strings] if isinstance(strings, str) else strings, tokenizer, vocab_size)
-    states = [table.start(row[real]) for row, real in zip(ids[:B], shown[:B], strict=True)]
-    return table.after, np.array(states, np.int32)
-
-
-def after(table: Tensor, matched: Tensor, chosen: Tensor) -> Tensor:
-    """The states of stop strings after tokens: ints of one shape -> int32 of that shape."""
-    return tf.gather_nd(table, tf.stack([matched, chosen], axis=-1))
-
-
 # --- functions of the caller -------------------------------------------------------------------
 
 
@@ -292,9 +267,8 @@ def is_met(criterion: Function, text: Text, scores: Tensor) -> Tensor:
     Raises:
         ValueError: it gave something else.
     """
-    found = tf.convert_to_tensor(called(criterion, text, scores))
     N = text.tokens.shape[0]
-    arguments.check_answer(criterion, "stopping criterion", tuple(found.shape), ((), (N,)))
+    found = _array(criterion, "stopping criterion", called(criterion, text, scores), (), (N,))
     return tf.broadcast_to(tf.cast(found, tf.bool), (N,))
 
 
@@ -316,28 +290,51 @@ def takes_length(function: Function) -> bool:
 
 
 def _processed(scores: Tensor, text: Text, processor: Function) -> Tensor:
-    found = tf.convert_to_tensor(called(processor, text, tf.cast(scores, tf.float32)))
-    shape = tuple(scores.shape)
-    arguments.check_answer(processor, "logits processor", tuple(found.shape), (shape,))
-    return tf.cast(found, scores.dtype)
+    found = called(processor, text, tf.cast(scores, tf.float32))
+    return tf.cast(_array(processor, "logits processor", found, tuple(scores.shape)), scores.dtype)
+
+
+def _array(function: Function, kind: str, found: Any, *allowed: tuple[int, ...]) -> Tensor:
+    """What a function gave, as an array of numbers in one of the shapes."""
+    try:
+        array = tf.convert_to_tensor(found)
+    except (TypeError, ValueError):
+        array = tf.constant("")
+    is_number = array.dtype.is_bool or array.dtype.is_integer or array.dtype.is_floating
+    arguments.check_answer(function, kind, tuple(array.shape) if is_number else None, allowed)
+    return array
 
 
 def _allowed(scores: Tensor, text: Text, function: Function) -> Tensor:
-    V = scores.shape[1]
-    rows = tf.range(text.tokens.shape[0]) // text.copies
-    if takes_length(function):
+    rows = tf.range(scores.shape[0]) // text.copies
+    if tf.executing_eagerly():
+        each = zip(rows.numpy().tolist(), text.written, strict=True)
+        kept = [_kept(function, row, ids, text.shown, scores.shape[1]) for row, ids in each]
+        return without(~tf.constant(np.stack(kept)), scores)
 
-        def one(row: tuple[Tensor, Tensor]) -> Tensor:
-            found = tf.convert_to_tensor(function(*row, text.shown))
-            arguments.check_answer(function, "function", tuple(found.shape), ((V,),))
-            return found
+    def one(row: tuple[Tensor, Tensor]) -> Tensor:
+        return tf.convert_to_tensor(function(*row, text.shown))
 
-        kept = tf.map_fn(one, (rows, text.written), fn_output_signature=tf.bool)
-        return without(~kept, scores)
-    kept = np.zeros(scores.shape, np.bool_)
-    for place, row in enumerate(rows.numpy()):
-        kept[place, list(function(int(row), text.written[place, : text.shown]))] = True
-    return without(~tf.constant(kept), scores)
+    kept = tf.map_fn(one, (rows, text.written), fn_output_signature=tf.bool)
+    return without(~kept, scores)
+
+
+def _kept(function: Function, row: int, ids: Tensor, shown: Tensor, V: int) -> NDArray[np.bool_]:
+    """Which tokens a function allows after a text: bool `[V]`."""
+    given = (tf.constant(row), ids, shown) if takes_length(function) else (row, ids[:shown])
+    found = function(*given)
+    try:
+        answer = np.asarray(found)
+    except ValueError:
+        answer = np.array(None)
+    if answer.dtype == np.bool_ and answer.shape == (V,):
+        return answer
+    is_ids = answer.ndim == 1 and (answer.dtype.kind in "iu" or answer.size == 0)
+    if not (is_ids and ((answer >= 0) & (answer < V)).all()):
+        raise arguments.unknown_allowed(function, row, V)
+    kept = np.zeros(V, np.bool_)
+    kept[answer.astype(np.int64)] = True
+    return kept
 
 
 def all_traced(functions: Functions, rows: int, W: int, V: int, compiled: bool) -> bool:
@@ -345,31 +342,36 @@ def all_traced(functions: Functions, rows: int, W: int, V: int, compiled: bool) 
     text, length = tf.TensorSpec((rows, W), tf.int32), tf.TensorSpec((), tf.int32)
     scores = tf.TensorSpec((rows, V), tf.float32)
     of_scores = [
-        _is_traced(known_by(f), (text, scores, length), compiled)
+        _traced(known_by(f), (text, scores, length), compiled) is not None
         for f in (*functions.processors, *functions.criteria)
     ]
     if functions.allowed is not None:
-        row, place = tf.TensorSpec((W,), tf.int32), tf.TensorSpec((), tf.int32)
-        of_scores.append(_is_traced(known_by(functions.allowed), (place, row, length), compiled))
+        row = tf.TensorSpec((W,), tf.int32)
+        found = _traced(known_by(functions.allowed), (length, row, length), compiled)
+        of_scores.append(found == tf.TensorSpec((V,), tf.bool))
     return all(of_scores)
 
 
 @lru_cache(64)
-def _is_traced(known: Hashable, specs: tuple[tf.TensorSpec, ...], compiled: bool) -> bool:
-    """Whether a function can be traced and compiled: it is tried, on nothing but zeros."""
+def _traced(known: Hashable, specs: tuple[tf.TensorSpec, ...], compiled: bool) -> Any:
+    """What a function gives as a program, tried on nothing but zeros; None if it cannot be one."""
     function: Any = known.function if isinstance(known, _Same) else known
     if not takes_length(function):
-        return False
+        return None
     program: Callable[..., Any] = tf.function(function, jit_compile=compiled, autograph=False)
     try:
-        program(*(tf.zeros(spec.shape, spec.dtype) for spec in specs))
+        return tf.type_spec_from_value(program(*(tf.zeros(s.shape, s.dtype) for s in specs)))
     except Exception:
         # Whatever it is, it will show again where the function runs on its own.
-        return False
-    return True
+        return None
 
 
 # --- looking at texts --------------------------------------------------------------------------
+
+
+def after(table: Tensor, matched: Tensor, chosen: Tensor) -> Tensor:
+    """The states of stop strings after tokens: ints of one shape -> int32 of that shape."""
+    return tf.gather_nd(table, tf.stack([matched, chosen], axis=-1))
 
 
 def _count(text: Text) -> Tensor:

@@ -23,7 +23,7 @@ from opt_core.generation import (
     uniforms,
 )
 from opt_tf.decoder import Cache
-from opt_tf.generation.rules import Functions, Rules, all_traced, stop_table
+from opt_tf.generation.rules import Functions, Rules, all_traced
 from opt_tf.layers import check_ids
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class Setup(NamedTuple):
     def strategy(self) -> Strategy:
         """How tokens are chosen; drafts save nothing where every step is looked at."""
         drafted = self.assistant is not None or self.asked.strategy is Strategy.ASSISTED
-        if drafted and not (self.hosted or self.made.collects):
+        # Functions see the texts of all rows; drafts settle one row after the other.
+        sees_rows = any(self.made.functions) and len(self.prompt) > 1
+        if drafted and not (self.hosted or sees_rows or self.made.collects):
             return Strategy.ASSISTED
         if self.asked.strategy is Strategy.ASSISTED:
             return Strategy.SAMPLING if self.asked.do_sample else Strategy.GREEDY
@@ -129,6 +131,7 @@ def settle(
             "generate runs programs of its own, compiled by XLA unless compiled=False: call "
             "it outside tf.function"
         )
+    arguments.check_generation_config(generation)
     config = model.config
     asked = (generation or model.generation_config).merged(**options)
     if call.assistant_model is not None:
@@ -161,8 +164,8 @@ def _settled(
     B, P, V = len(ids) * copies, planned.prompt_length, model.config.vocab_size
     ids = _laid(ids, None if others is None else others.ids, P, copies)
     shown = _laid(shown, None if others is None else others.shown, P, copies)
-    functions = _functions(call)
-    table, matched = stop_table(asked.stop_strings, call.tokenizer, V, ids, shown, B)
+    functions = call.functions
+    table, matched = call.stop_table(asked.stop_strings, V, ids[:B], shown[:B])
     told = _told(model, asked, planned, ids, B, call.tokenizer, table, P - prompt.shape[1])
     rows = B * asked.num_beams
     return Setup(
@@ -298,9 +301,11 @@ def _shown(prompt: Tensor, mask: Any, padding: int | None) -> NDArray[np.bool_]:
     if mask is None:
         shown = np.ones(prompt.shape, np.bool_) if padding is None else prompt.numpy() != padding
         return np.asarray(shown)
-    given_mask = tf.convert_to_tensor(mask)
-    arguments.check_prompt_mask(tuple(given_mask.shape), tuple(prompt.shape))
-    return np.asarray(given_mask.numpy() != 0)
+    values = tf.convert_to_tensor(mask).numpy()
+    arguments.check_prompt_mask(values.shape, tuple(prompt.shape))
+    if not np.all((values == 0) | (values == 1)):
+        raise arguments.unknown_mask_values()
+    return np.asarray(values != 0)
 
 
 def _unguided(
@@ -311,11 +316,14 @@ def _unguided(
     shown: NDArray[np.bool_],
 ) -> _Rows | None:
     """Each row without its prompt: its last real token alone, or the negative prompt."""
+    has_ids = call.negative_prompt_ids is not None
+    if (has_ids and not asked.is_guided) or (
+        call.negative_prompt_attention_mask is not None and not has_ids
+    ):
+        raise arguments.unused_negative_prompt()
     if not asked.is_guided:
-        if call.negative_prompt_ids is not None:
-            raise arguments.unused_negative_prompt()
         return None
-    if call.negative_prompt_ids is None:
+    if not has_ids:
         last = np.where(shown, np.arange(shown.shape[1]), 0).max(axis=1)
         alone = ids[np.arange(len(ids)), last][:, None]
         return _Rows(alone, np.ones(alone.shape, np.bool_))
@@ -381,14 +389,3 @@ def _check_assistant(asked: GenerationConfig, vocab_size: int, drafts: int) -> N
         raise arguments.assistant_needs("guidance_scale", "1.0")
     if not asked.use_cache:
         raise arguments.assistant_needs("use_cache", "True")
-
-
-# --- functions of the caller -------------------------------------------------------------------
-
-
-def _functions(call: Given) -> Functions:
-    return Functions(
-        call.prefix_allowed_tokens_fn,
-        tuple(call.logits_processor or ()),
-        tuple(call.stopping_criteria or ()),
-    )

@@ -214,6 +214,23 @@ def test_what_a_program_cannot_do_is_refused_in_it(subject: Subject) -> None:
         jax.jit(lambda key: generate(IDS, prng_key=key, do_sample=True))(jax.random.key(0))
 
 
+def test_a_program_may_be_given_a_negative_prompt_and_masks(subject: Subject) -> None:
+    asked: dict[str, Any] = {"guidance_scale": 2.0, "max_new_tokens": 3}
+    negative, mask = words(2, 6, seed=1), np.array([[0, 1, 1, 1, 1, 1], [1] * 6])
+
+    @jax.jit
+    def run(negative: Any, mask: Any) -> Any:
+        return subject.model.generate(
+            IDS, negative_prompt_ids=negative, negative_prompt_attention_mask=mask, **asked
+        )
+
+    asked |= {"eos_token_id": None}
+    right = subject.generate(
+        IDS, negative_prompt_ids=negative, negative_prompt_attention_mask=mask, **asked
+    )
+    np.testing.assert_array_equal(run(negative, mask), right)
+
+
 def test_a_cache_of_a_program_has_no_known_length(subject: Subject) -> None:
     past = subject.model.generate(IDS, return_dict_in_generate=True).past_key_values
     ids = words(2, 30)
@@ -320,6 +337,19 @@ def test_what_was_warmed_up_compiles_nothing_more(wing: Wing, compiled: list[str
     assert not compiled
 
 
+def test_a_stream_that_was_warmed_up_compiles_nothing_more(wing: Wing, compiled: list[str]) -> None:
+    model = Subject(wing, vocab_size=48).model
+    heard: list[Any] = []
+    model.warmup(prompt_length=5, max_new_tokens=9, streamer=heard.append, compiled=True)
+    assert compiled
+    compiled.clear()
+    assert len(list(model.stream(words(1, 4), max_new_tokens=9, eos_token_id=None))) == 9
+    assert not compiled
+    assert heard == []
+    with pytest.raises(ValueError, match="compiled is 'inductor'; it must be True or False"):
+        model.warmup(compiled="inductor")
+
+
 def test_a_rule_that_nobody_asked_for_is_no_part_of_the_program(subject: Subject) -> None:
     sizes = []
     for options in ({}, {"no_repeat_ngram_size": 2}):
@@ -368,6 +398,28 @@ def test_what_cannot_be_traced_runs_on_the_host(subject: Subject) -> None:
     np.testing.assert_array_equal(found[:, 4:], [[4, 5, 6]] * 2)
     with pytest.raises(ValueError, match="a function that cannot be traced needs values"):
         jax.jit(lambda ids: subject.model.generate(ids, logits_processor=[processor]))(IDS)
+
+
+def test_traced_functions_see_all_rows_also_where_drafts_are_asked_for(subject: Subject) -> None:
+    def processor(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        return scores.at[jnp.arange(2), jnp.array([7, 9])].add(100.0)
+
+    found = subject.generate(
+        IDS, logits_processor=[processor], prompt_lookup_num_tokens=2, max_new_tokens=2
+    )
+    np.testing.assert_array_equal(found[:, 4:], [[7, 7], [9, 9]])
+
+
+def test_a_traced_criterion_sees_candidates_and_the_scores_behind_them(subject: Subject) -> None:
+    shapes = set()
+
+    def criterion(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        shapes.add((len(input_ids), *scores.shape))
+        return (input_ids[:, 4] == 7) & (scores.max(1) <= 0)
+
+    options: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 2, "eos_token_id": None}
+    subject.generate(IDS, stopping_criteria=[criterion], **options)
+    assert shapes == {(8, 8, 40)}
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 50])
@@ -463,6 +515,39 @@ def test_cuts_leave_the_tokens_that_the_reference_leaves(
             closest = min(closest, reference.margin(name, asked, before, row))
         if closest >= 1e-5:
             np.testing.assert_allclose(kept, row, rtol=1e-5, atol=1e-5)
+
+
+LARGE = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("options", "scores", "right"),
+    [
+        ({"temperature": 0.5, "do_sample": True}, [LARGE, -LARGE, 2, 0], [LARGE, -LARGE, 4, 0]),
+        ({"top_p": 0.5, "eta_cutoff": 0.2, "do_sample": True}, [np.inf, 1, 2, 0], [np.inf] * 4),
+        ({"typical_p": 0.5, "top_k": 2, "do_sample": True}, [np.inf, 1, 2, 0], [np.inf] * 4),
+        (
+            {"exponential_decay_length_penalty": (0, 10.0), "eos_token_id": [0, 1]},
+            [-2, 0, 1, 1],
+            [LARGE, 0, 1, 1],
+        ),
+        (
+            {"exponential_decay_length_penalty": (0, 1e38), "eos_token_id": [0, 1]},
+            [-2, 0, 1, 1],
+            [np.inf, 0, 1, 1],
+        ),
+    ],
+    ids=["temperature", "inf", "inf and typical_p", "fits float64", "fits nothing"],
+)
+def test_no_rule_makes_inf_of_a_number_or_a_number_of_inf(
+    options: Any, scores: Any, right: Any
+) -> None:
+    asked = GenerationConfig(seed=1 if "do_sample" in options else None, **options)
+    numbers = all_given(asked, Plan(1, 60, 0, 64, 64, 8), vocab_size=4, known=4)
+    arrays = {name: tuple(map(narrow, found)) for name, found in numbers.items()}
+    text = rules.Text(jnp.zeros((1, 64), jnp.int32), jnp.int32(61), jnp.arange(1), None)
+    found = rules.ruled(tuple(arrays), jnp.array([scores], jnp.float32), text, arrays)
+    np.testing.assert_array_equal(found, np.array([right], np.float32))
 
 
 def narrow(array: Any) -> Any:

@@ -93,14 +93,82 @@ def test_one_token_needs_no_loop(wing: Wing) -> None:
     assert traces(subject.model) == 2
 
 
-@pytest.mark.parametrize("name", ["sampling", "beams", "contrastive", "lookup"])
+def favours(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+    return scores + 5 * tf.one_hot(7, scores.shape[1])
+
+
+#: What a call may be warmed for besides the values above.
+WARMED: dict[str, dict[str, Any]] = {
+    **{name: VALUES[name][0] for name in ("sampling", "beams", "contrastive", "lookup")},
+    "forced words": {"num_beams": 3, "force_words_ids": [[7]]},
+    "a traced function": {"logits_processor": [favours]},
+    "functions on the host": {
+        "logits_processor": [lambda ids, scores: scores],
+        "stopping_criteria": [lambda ids, scores: False],
+        "prefix_allowed_tokens_fn": lambda text, ids: list(range(40)),
+        "compiled": False,
+    },
+    "a negative prompt": {"guidance_scale": 2.0, "negative_prompt_ids": words(2, 9)},
+}
+
+
+@pytest.mark.parametrize("name", WARMED)
 def test_after_warming_a_call_makes_no_program(wing: Wing, name: str) -> None:
     subject = Subject(wing)
-    options = {"max_new_tokens": 9, **VALUES[name][0]}
+    options = {"max_new_tokens": 9, **WARMED[name]}
     subject.model.warmup(batch_size=2, prompt_length=4, **options)
     made = traces(subject.model)
     subject.generate(IDS, **options)
     assert traces(subject.model) == made > 0
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, None, "2"])
+def test_a_chunk_of_no_tokens_is_refused(subject: Subject, chunk: Any) -> None:
+    with pytest.raises(ValueError, match=r"chunk is .*; give a whole number of tokens, at least 1"):
+        subject.model.stream(IDS, chunk=chunk)
+
+
+def test_a_traced_function_sees_all_rows_also_where_drafts_are_asked_for(subject: Subject) -> None:
+    def allowed(batch_id: Any, input_ids: Any, cur_len: Any) -> Any:
+        return tf.range(40) % 2 == batch_id
+
+    asked: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "compiled": False}
+    found = subject.generate(
+        IDS, prompt_lookup_num_tokens=3, prefix_allowed_tokens_fn=allowed, **asked
+    )
+    np.testing.assert_array_equal(found[:, 4:] % 2, [[0] * 6, [1] * 6])
+
+
+@pytest.mark.parametrize("kind", ["processor", "criterion", "prefix"])
+def test_an_answer_that_no_program_can_hold_is_named(subject: Subject, kind: str) -> None:
+    """What is traced is looked at as what runs in Python is."""
+
+    def forgetful(input_ids: Any, scores: Any, cur_len: Any) -> Any:
+        return tf.constant("text") if kind == "processor" else None
+
+    name = {
+        "processor": "logits_processor",
+        "criterion": "stopping_criteria",
+        "prefix": "prefix_allowed_tokens_fn",
+    }[kind]
+    function: Any = forgetful if kind == "prefix" else [forgetful]
+    with pytest.raises(ValueError, match="forgetful returned"):
+        subject.generate(IDS, max_new_tokens=1, **{name: function})
+
+
+@pytest.mark.parametrize("name", ["contrastive", "guidance"])
+def test_infinite_scores_of_what_weighs_probabilities_are_named(wing: Wing, name: str) -> None:
+    options = {
+        "contrastive": {"penalty_alpha": 0.4, "top_k": 3},
+        "guidance": {"guidance_scale": 2.0, "do_sample": True, "seed": 1},
+    }[name]
+    config = tiny()
+    weights = random_weights(config, Head.CAUSAL_LM, std=STD)
+    weights["model.decoder.final_layer_norm.bias"][:] = 50
+    weights["model.decoder.embed_tokens.weight"][39] = 3e38
+    model = wing.build(Head.CAUSAL_LM, config, weights)
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+        wing.generate_lightly(model, words(2, 4, vocab_size=39), max_new_tokens=2, **options)
 
 
 def test_an_assistant_drafts_inside_the_program(wing: Wing) -> None:

@@ -77,11 +77,13 @@ class GenerationMixin:
 
         A `logits_processor` is called as `(input_ids, scores, cur_len)` and returns `[n, V]`, a
         criterion likewise and returns a bool or `[n]`, `prefix_allowed_tokens_fn` as
-        `(row, input_ids, cur_len)` and returns bool `[V]`. They get all columns, of which `cur_len`
-        are settled, and become a part of the programs: define each once, since another function is
-        another program. Those without `cur_len` get the settled columns alone, and the last one may
-        return a list of ids. They run on the host between compiled steps, as does what cannot be
-        traced, and everything with `output_scores` or `output_logits`: slower, the same tokens.
+        `(row, input_ids, cur_len)` and returns bool `[V]`, or a list of ids. Of beams a criterion
+        gets all candidates, and the scores that each was chosen from. They get all columns, of
+        which `cur_len` are settled, and become a part of the programs: define each once, since
+        another function is another program. Those without `cur_len` get the settled columns alone.
+        They run on the host between compiled steps, as do those that cannot be traced or return
+        ids, and everything with `output_scores` or `output_logits`: slower, the same tokens. Drafts
+        are left out where functions see several rows.
 
         Inside a program of the caller's own, which takes what is not collected and needs no host,
         n is always the most tokens asked for, every row counts as P tokens long when room is

@@ -16,7 +16,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from opt_core import arguments
-from opt_core.generation import ORDER
+from opt_core.generation import ORDER, allowed_tokens
 from opt_flax.attention import wide
 from opt_flax.generation.cuts import CUTS
 
@@ -226,14 +226,8 @@ def _listed(function: Function, shape: tuple[int, ...], text: Text) -> NDArray[n
     assert text.ids is not None
     allowed = np.zeros(shape, np.bool_)
     for row, (place, ids) in enumerate(zip(np.asarray(text.places), text.ids, strict=True)):
-        said = np.asarray(function(int(place), ids, text.length))
-        are_ids = said.ndim == 1 and (np.issubdtype(said.dtype, np.integer) or not said.size)
-        if said.dtype == np.bool_ and said.shape == shape[1:]:
-            allowed[row] = said
-        elif are_ids and ((said >= 0) & (said < shape[1])).all():
-            allowed[row, said.astype(np.int64)] = True
-        else:
-            raise arguments.unknown_allowed(function.call, int(place), shape[1])
+        said = function(int(place), ids, text.length)
+        allowed[row] = allowed_tokens(function.call, int(place), said, shape[1])
     return allowed
 
 

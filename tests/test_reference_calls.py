@@ -255,3 +255,96 @@ def test_guided_beams_add_up_what_guidance_gives() -> None:
     np.testing.assert_allclose(found.scores[0].reshape(2, 3, V)[:, 0], single.scores[0])
     best = np.sort(single.scores[0], axis=1)[:, :-3:-1]
     np.testing.assert_allclose(found.sequences_scores, best.ravel())
+
+
+# What functions must give
+
+
+DRAWN: dict[str, Any] = {"do_sample": True, "seed": 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"top_p": 0.5}, {"typical_p": 0.5}])
+def test_nothing_is_drawn_beside_a_score_of_inf(options: dict[str, Any]) -> None:
+    certain = Call(logits_processor=[lambda _, scores: np.where(np.arange(V) == 7, np.inf, scores)])
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+        record(certain, **DRAWN, **options)
+    found = record(certain, renormalize_logits=True).sequences
+    assert (found[:, 4:] == 7).all()
+
+
+def test_a_penalty_that_outgrows_all_numbers_ends_a_text() -> None:
+    options: dict[str, Any] = {"eos_token_id": 3, "min_new_tokens": 3}
+    penalty: dict[str, Any] = {"exponential_decay_length_penalty": (0, 1e200)}
+    found = record(**options, **penalty).sequences
+    assert found.shape == (2, 8)
+    assert (found[:, 7] == 3).all()
+    with pytest.raises(ValueError, match=r"a score is \+inf after 7 tokens"):
+        record(**options, **penalty, **DRAWN)
+
+
+@pytest.mark.parametrize("answer", [None, "text", {}, np.ones(3)])
+def test_a_function_that_gives_something_else_is_named(answer: Any) -> None:
+    def forgetful(given: Any, scores: Any) -> Any:
+        return answer
+
+    with pytest.raises(ValueError, match="the logits processor forgetful returned"):
+        record(Call(logits_processor=[forgetful]))
+    with pytest.raises(ValueError, match="the stopping criterion forgetful returned"):
+        record(Call(stopping_criteria=[forgetful]))
+    wrong: Any = forgetful
+    with pytest.raises(ValueError, match="logits_processor is function; give a list of functions"):
+        record(Call(logits_processor=wrong))
+
+
+EVEN = np.arange(V) % 2 == 0
+
+
+@pytest.mark.parametrize("answer", [range(0, V, 2), np.arange(0, V, 2), EVEN, set(range(0, V, 2))])
+def test_allowed_tokens_are_ids_or_bools(answer: Any) -> None:
+    found = record(Call(prefix_allowed_tokens_fn=lambda *_: answer)).sequences
+    right = record(suppress_tokens=list(range(1, V, 2))).sequences
+    np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("answer", [[V], [-1], [1.5], None, 3, "text", [[3]], EVEN[:-1]])
+def test_what_cannot_be_allowed_tokens_is_refused(answer: Any) -> None:
+    with pytest.raises(ValueError, match="returned for text 0 what is not a list of ids from 0"):
+        record(Call(prefix_allowed_tokens_fn=lambda *_: answer))
+
+
+def test_a_negative_prompt_that_nobody_asks_for_is_refused() -> None:
+    mask = np.ones_like(BATCH)
+    for call, options in (
+        (Call(negative_prompt_ids=BATCH), {}),
+        (Call(negative_prompt_attention_mask=mask), {"guidance_scale": 2.0}),
+    ):
+        with pytest.raises(ValueError, match="a negative prompt guides nothing without"):
+            record(call, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1e-9},
+        {"num_beams": 3, "force_words_ids": [[20]]},
+    ],
+    ids=["beams", "groups", "forced words"],
+)
+def test_a_criterion_sees_the_scores_behind_each_candidate(options: dict[str, Any]) -> None:
+    seen = []
+
+    def criterion(given: Any, scores: Any) -> Any:
+        seen.append((given.copy(), scores.copy()))
+        given[:], scores[:] = 1, -np.inf
+        return False
+
+    prompt = BATCH[:1]
+    found = record(Call(stopping_criteria=[criterion]), prompt, max_new_tokens=3, **options)
+    plain = record(None, prompt, max_new_tokens=3, **options)
+    np.testing.assert_array_equal(found.sequences, plain.sequences)
+    np.testing.assert_array_equal(found.scores, plain.scores)
+    assert seen
+    for given, scores in seen:
+        expected = [log_softmax(row) for row in last_logits(given[:, :-1])]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)

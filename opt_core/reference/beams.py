@@ -192,14 +192,20 @@ def _step(
 def _ended(
     run: Run, groups: list[Group], candidates: list[list[Candidate]], scores: Floats, M: int
 ) -> list[list[bool]]:
-    """Which candidates end their text; criteria see M for each text."""
+    """Which candidates end their text.
+
+    Criteria see M for each text, each with the scores [V] of the beam that it follows.
+    """
     nothing = Candidate(-np.inf, 0, run.asked.fill)
+    filled = [found + [nothing] * (M - len(found)) for found in candidates]
     lines = [
         Line(row, [*group.beams[one.beam].tokens, one.token])
         for row, group in enumerate(groups)
-        for one in candidates[row] + [nothing] * (M - len(candidates[row]))
+        for one in filled[row]
     ]
-    halts = halted(run, lines, scores)
+    size = groups[0].size
+    behind = [row * size + one.beam for row, found in enumerate(filled) for one in found]
+    halts = halted(run, lines, scores[behind])
     ends = [
         bool(halt) or run.is_ended(line.row, line.new)
         for line, halt in zip(lines, halts, strict=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from opt_core import arguments
-from opt_core.generation import ORDER
+from opt_core.generation import ORDER, allowed_tokens
 from opt_core.reference.cuts import CUTS, log_softmax, margin
 from opt_core.reference.inputs import Floats, Ints, Mask
-from opt_core.reference.rules import RULES, Place, allow_tokens, suppress_tokens
+from opt_core.reference.rules import RULES, Place, suppress_tokens
 from opt_core.reference.setup import Run
 
 #: Where the functions of the user stand between the rules.
@@ -50,7 +51,8 @@ def score(run: Run, lines: Sequence[Line], *, as_logs: bool = False) -> Scored:
     `scale * (with - without) + without` they sum to something else than 1, and stay so for beams.
 
     Raises:
-        ValueError: a score is NaN, a function gives another shape than it must.
+        ValueError: a score is NaN, or +inf where tokens are drawn; a function gives what it must
+            not.
     """
     logits = np.stack([run.logits(line.row, line.new) for line in lines])  # [R, V]
     guided = [_guided(run, line, row) for line, row in zip(lines, logits, strict=True)]
@@ -68,12 +70,11 @@ def process(run: Run, scores: Floats, lines: Sequence[Line]) -> tuple[Floats, Fl
     if not run.asked.remove_invalid_values:
         _check(run, scores, lines)
     scores = np.stack([_ruled(run, row, line) for row, line in zip(scores, lines, strict=True)])
-    ids = ids_of(run, lines)
     for function in run.call.logits_processor:
-        scores = np.asarray(function(ids, scores), np.float64)
-        arguments.check_answer(
-            function, "logits processor", scores.shape, ((len(lines), run.config.vocab_size),)
-        )
+        found = function(ids_of(run, lines), scores)
+        scores = _answer(function, "logits processor", found, (scores.shape,)).astype(np.float64)
+    if run.asked.do_sample:
+        _check_finite(run, scores, lines)
     pairs = [_cut(run, row) for row in scores]
     scores = np.stack([row for row, _ in pairs])
     _check(run, scores, lines)
@@ -88,10 +89,18 @@ def halted(run: Run, lines: Sequence[Line], scores: Floats) -> Mask:
     """
     result = np.zeros(len(lines), np.bool_)
     for function in run.call.stopping_criteria:
-        answer = np.asarray(function(ids_of(run, lines), scores), np.bool_)
-        arguments.check_answer(function, "stopping criterion", answer.shape, ((), (len(lines),)))
-        result |= answer
+        found = function(ids_of(run, lines), scores.copy())
+        result |= _answer(function, "stopping criterion", found, ((), (len(lines),))).astype(bool)
     return result
+
+
+def _answer(
+    function: object, kind: str, answer: Any, allowed: tuple[tuple[int, ...], ...]
+) -> npt.NDArray[Any]:
+    found = np.asarray(answer)
+    is_number = found.dtype == np.bool_ or np.issubdtype(found.dtype, np.number)
+    arguments.check_answer(function, kind, found.shape if is_number else None, allowed)
+    return found
 
 
 def ids_of(run: Run, lines: Sequence[Line]) -> Ints:
@@ -121,7 +130,9 @@ def _ruled(run: Run, scores: Floats, line: Line) -> Floats:
         if name == "vocabulary":
             scores = suppress_tokens(scores, range(run.known, len(scores)))
         elif name == "prefix_allowed_tokens_fn" and allow is not None and line.is_live:
-            scores = allow_tokens(scores, allow(line.row, ids_of(run, [line])[0]))
+            answer = allow(line.row, ids_of(run, [line])[0])
+            allowed = allowed_tokens(allow, line.row, answer, len(scores))
+            scores = np.where(allowed, scores, -np.inf)
         elif name in run.asked.rules:
             scores = RULES[name](scores, at, run.asked, run.planned)
     return scores
@@ -134,6 +145,13 @@ def _cut(run: Run, scores: Floats) -> tuple[Floats, float]:
             before, scores = scores, CUTS[name](scores, run.asked)
             closest = min(closest, margin(name, run.asked, before, scores))
     return scores, closest
+
+
+def _check_finite(run: Run, scores: Floats, lines: Sequence[Line]) -> None:
+    """Before the cuts, which would hide it, and only where tokens are drawn."""
+    for row, line in zip(scores, lines, strict=True):
+        if line.is_live and np.isposinf(row).any():
+            raise arguments.infinite_scores(len(run.texts[line.row]) + len(line.new))
 
 
 def _check(run: Run, scores: Floats, lines: Sequence[Line]) -> None:

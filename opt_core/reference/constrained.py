@@ -36,7 +36,7 @@ def constrained(run: Run) -> Searched:
         for row, text in enumerate(texts):
             if not text.is_done:
                 own = scored.scores[row * K : (row + 1) * K]
-                sums[row] = _step(run, row, text, own + np.array(sums[row])[:, None])
+                sums[row] = _step(run, row, text, own, np.array(sums[row])[:, None])
         if all(text.is_done for text in texts):
             break
     for row, text in enumerate(texts):
@@ -46,12 +46,13 @@ def constrained(run: Run) -> Searched:
     return result
 
 
-def _step(run: Run, row: int, text: ForcedWords, sums: Floats) -> list[float]:
-    """One step of one text, from the sums [K, V] of all it could be to those of its beams [K]."""
+def _step(run: Run, row: int, text: ForcedWords, scores: Floats, so_far: Floats) -> list[float]:
+    """One step of one text, from scores [K, V] and its beams' sums [K, 1] to their sums [K]."""
+    sums = scores + so_far
 
     def ends(beam: int, token: int) -> bool:
         line = Line(row, [*text.texts[beam], token])
-        return run.is_ended(row, line.new) or bool(halted(run, [line], sums[[beam]])[0])
+        return run.is_ended(row, line.new) or bool(halted(run, [line], scores[[beam]])[0])
 
     candidates = top(sums, candidate_count(run, len(sums)))
     running = text.step(candidates, lambda beam, token: float(sums[beam, token]), ends)

@@ -61,8 +61,8 @@ def eta_cutoff(scores: Floats, epsilon: float, keep: int = 1) -> Floats:
 
 
 def renormalize_logits(scores: Floats) -> Floats:
-    """Log-probabilities."""
-    return log_softmax(scores)
+    """Log-probabilities; beside a score of inf nothing else has one."""
+    return scores if np.isposinf(scores).any() else log_softmax(scores)
 
 
 def eta(scores: Floats, epsilon: float) -> float:
@@ -138,9 +138,6 @@ def draw(scores: Floats, uniform: float) -> tuple[int, float]:
 
     The token is the first, in token order, at which the cumulative sum of the probabilities exceeds
     the uniform times their total. Also the draw's distance to the nearest edge between tokens.
-
-    Raises:
-        ValueError: a score is +inf.
     """
     cumulative = np.exp(scores - scores.max()).cumsum()
     total = cumulative[-1]

@@ -97,8 +97,9 @@ def exponential_decay_length_penalty(
     result = scores.copy()
     for stop in stops:
         # What may not be chosen stays so; in transformers it becomes NaN.
-        if past > 0 and np.isfinite(scores[stop]):
-            result[stop] += abs(scores[stop]) * (factor**past - 1)
+        if past > 0 and np.isfinite(scores[stop]) and scores[stop] != 0:
+            with np.errstate(over="ignore"):  # inf, where Python's power raises an error
+                result[stop] += abs(scores[stop]) * (np.float64(factor) ** past - 1)
     return result
 
 

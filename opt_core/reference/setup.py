@@ -25,9 +25,11 @@ class Call(NamedTuple):
     #: it was given, with its padding, and what was chosen so far.
     logits_processor: Sequence[Callable[[Ints, Floats], Floats]] = ()
     #: Functions of the same, the new token included, that say which texts end: a bool, or bool [R].
+    #: With beams the texts are candidates, each with the scores of the beam that it follows.
     stopping_criteria: Sequence[Callable[[Ints, Floats], Any]] = ()
-    #: A function of the number of a text and of its ids [T] that gives the tokens that may follow.
-    prefix_allowed_tokens_fn: Callable[[int, Ints], Sequence[int]] | None = None
+    #: A function of the number of a text and of its ids [T] that gives the tokens that may follow,
+    #: as ids or as bool [V].
+    prefix_allowed_tokens_fn: Callable[[int, Ints], Any] | None = None
     #: The model that drafts, as its configuration and its weights: it changes no token.
     assistant: tuple[OPTConfig, Weights] | None = None
     #: What guidance leads away from, int [B, Q] and its mask, in place of the last token alone.
@@ -113,7 +115,11 @@ def settle(
     Raises:
         ValueError: as `plan` and `forward`, or what `call` holds does not fit the options.
     """
+    arguments.check_generation_config(generation)
+    arguments.check_functions("logits_processor", call.logits_processor)
+    arguments.check_functions("stopping_criteria", call.stopping_criteria)
     asked = generation or GenerationConfig.from_model_config(config)
+    _check_negative(asked, call)
     ids = token_ids(input_ids, config)  # [B, P]
     if attention_mask is None and asked.padding_id is not None:
         attention_mask = ids != asked.padding_id
@@ -131,6 +137,13 @@ def settle(
     doubles = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     known = config.vocab_size if known is None else known
     return Run(config, doubles, asked, planned, call, known, ids, texts, bare)
+
+
+def _check_negative(asked: GenerationConfig, call: Call) -> None:
+    has_ids = call.negative_prompt_ids is not None
+    has_mask = call.negative_prompt_attention_mask is not None
+    if (has_ids and not asked.is_guided) or (has_mask and not has_ids):
+        raise arguments.unused_negative_prompt()
 
 
 def _texts(ids: Ints, mask: Mask) -> list[list[int]]:

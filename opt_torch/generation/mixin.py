@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class GenerationMixin:
         past_key_values: Any = None,
         logits_processor: Sequence[Any] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], Iterable[int]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None,
         assistant_model: Any = None,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
@@ -65,8 +65,10 @@ class GenerationMixin:
         fed again. Each `logits_processor` is called with int `[B, P + n]` and float `[B, V]`, and
         returns the latter changed; each of the `stopping_criteria` with the same, and returns a
         bool, or one for each row; `prefix_allowed_tokens_fn` with a row's place in the batch and
-        its text, and returns the ids that may follow. Those of transformers work. An
-        `assistant_model` of the same vocabulary drafts, which changes the speed and no token.
+        its text, and returns the ids that may follow, or bool `[V]`. With beams criteria see every
+        candidate, and the scores of the beam that it follows. Those of transformers work. An
+        `assistant_model` of the same vocabulary drafts, which changes the speed and no token;
+        beside functions, which may look at several rows together, nobody drafts.
         Under `guidance_scale` the text is compared with what `negative_prompt_ids` would go on
         with, or else with what its last token alone would.
 
@@ -74,7 +76,7 @@ class GenerationMixin:
         does not know are never chosen; `stop_strings` need one. `compiled` runs each step through
         `torch.compile` (True, or the name of a backend): its shapes are those of `Plan`, so one
         program serves every text of about the same length. With `return_dict_in_generate` the
-        result is a record, see `GenerateOutput`.
+        result is a record, see `GenerateOutput`. A model in training generates as in evaluation.
 
         Raises:
             ValueError: a bad option or argument, no room for the tokens asked for (before
@@ -107,7 +109,7 @@ class GenerationMixin:
         past_key_values: Any = None,
         logits_processor: Sequence[Any] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], Iterable[int]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None,
         assistant_model: Any = None,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,

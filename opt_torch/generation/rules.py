@@ -193,7 +193,7 @@ def begin_suppress_tokens(
 
 
 def prefix_allowed_tokens_fn(
-    scores: Tensor, seen: Seen, allowed: Callable[[int, Tensor], Iterable[int]]
+    scores: Tensor, seen: Seen, allowed: Callable[[int, Tensor], Any]
 ) -> Tensor:
     """Only the ids that the function names for a row of the batch and its text.
 

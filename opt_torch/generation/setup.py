@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
     past_key_values: Any = None
     logits_processor: Sequence[Any] = ()
     stopping_criteria: Sequence[Any] = ()
-    prefix_allowed_tokens_fn: Callable[[int, Tensor], Iterable[int]] | None = None
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None
     assistant_model: Any = None
     negative_prompt_ids: Tensor | None = None
     negative_prompt_attention_mask: Tensor | None = None

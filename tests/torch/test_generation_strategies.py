@@ -249,6 +249,38 @@ def test_half_precision_runs_every_strategy(wing: Wing, kind: str, strategy: str
     assert ((found >= 0) & (found < 40)).all()
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.5},
+        {"typical_p": 0.5},
+        {"epsilon_cutoff": 0.1},
+        {"eta_cutoff": 0.1},
+        {"renormalize_logits": True},
+    ],
+    ids="".join,
+)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_cut_hides_a_score_of_inf(subject: Subject, cut: dict[str, Any], beams: int) -> None:
+    def certain(_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, 7] = torch.inf
+        return scores
+
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+        subject.generate(
+            words(2, 4),
+            do_sample=True,
+            seed=1,
+            num_beams=beams,
+            logits_processor=[certain],
+            **cut,
+        )
+
+
 # Other libraries
 
 

@@ -34,7 +34,7 @@ ROOMS = {"attention", "decoder", "generation", "models", "weights"}
 #: Rooms that a framework needs besides: PyTorch's private operators for CPUs; layers that Keras and
 #: Flax do not have, or have otherwise; what Keras asks of a model that it trains.
 NATIVE = {
-    "opt_torch": {"linear", "packed"},
+    "opt_torch": {"evaluation", "linear", "packed"},
     "opt_tf": {"layers", "training"},
     "opt_flax": {"layers"},
 }

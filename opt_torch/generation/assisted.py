@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opt_core import arguments
 from opt_torch.decoder import Cache
+from opt_torch.evaluation import evaluating
 from opt_torch.generation.collecting import Found, Notes
 from opt_torch.generation.cuts import draw
 from opt_torch.generation.decoding import (
@@ -24,7 +25,7 @@ from opt_torch.generation.decoding import (
     whole_pass,
 )
 from opt_torch.generation.rules import Seen
-from opt_torch.generation.setup import Run, evaluating
+from opt_torch.generation.setup import Run
 from opt_torch.packed import packed
 
 #: From a state and the most that can be of use to the tokens that may follow.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from opt_core import arguments
 from opt_core.generation import (
@@ -22,6 +22,7 @@ from opt_core.generation import (
     uniforms,
 )
 from opt_torch.decoder import Cache, check_ids
+from opt_torch.evaluation import evaluating
 from opt_torch.generation import cuts, rules
 from opt_torch.generation.rules import Prompt, Seen
 from opt_torch.packed import PackedDecoder, packed
@@ -154,27 +155,6 @@ def _check_assistant(model: Any, merged: GenerationConfig, asked: Asked) -> None
         raise arguments.assistant_needs("use_cache", "True")
     if merged.is_guided:
         raise arguments.assistant_needs("guidance_scale", "1.0")
-
-
-def evaluating(model: Any) -> Any:
-    """The model as in evaluation: nothing of it is dropped by chance.
-
-    Where a part of it trains this is a copy of the modules over the same weights, so that other
-    threads, and the caller after an error, find all modes as they were.
-    """
-    if not any(module.training for module in model.modules()):
-        return model
-    copies: dict[nn.Module, nn.Module] = {}
-
-    def copied(module: nn.Module) -> nn.Module:
-        if module not in copies:
-            copy = copies[module] = type(module).__new__(type(module))
-            copy.__dict__ |= vars(module)
-            children = {n: m if m is None else copied(m) for n, m in module._modules.items()}
-            copy.__dict__ |= {"training": False, "_modules": children}
-        return copies[module]
-
-    return copied(model)
 
 
 # The prompt

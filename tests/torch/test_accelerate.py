@@ -122,3 +122,13 @@ def test_an_accelerator_prepares_and_unwraps_a_model(wing: Wing) -> None:
     assert accelerator.unwrap_model(prepared) is model
     state = accelerator.get_state_dict(prepared)
     assert state.keys() == model.state_dict().keys()
+
+
+def test_a_dispatched_model_in_training_generates_as_in_evaluation(wing: Wing) -> None:
+    config = tiny(dropout=0.5, layerdrop=0.5)
+    model = wing.fresh(Head.CAUSAL_LM, config)
+    right = wing.generate(model, IDS, max_new_tokens=4)
+    for module in model.modules():
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu"))
+    np.testing.assert_array_equal(wing.generate(model.train(), IDS, max_new_tokens=4), right)
+    assert all(module.training for module in model.modules())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
-from opt_core.generation import ORDER
+from opt_core.generation import ORDER, allowed_tokens
 from opt_tf.generation import cuts
 
 if TYPE_CHECKING:
@@ -322,19 +322,7 @@ def _allowed(scores: Tensor, text: Text, function: Function) -> Tensor:
 def _kept(function: Function, row: int, ids: Tensor, shown: Tensor, V: int) -> NDArray[np.bool_]:
     """Which tokens a function allows after a text: bool `[V]`."""
     given = (tf.constant(row), ids, shown) if takes_length(function) else (row, ids[:shown])
-    found = function(*given)
-    try:
-        answer = np.asarray(found)
-    except ValueError:
-        answer = np.array(None)
-    if answer.dtype == np.bool_ and answer.shape == (V,):
-        return answer
-    is_ids = answer.ndim == 1 and (answer.dtype.kind in "iu" or answer.size == 0)
-    if not (is_ids and ((answer >= 0) & (answer < V)).all()):
-        raise arguments.unknown_allowed(function, row, V)
-    kept = np.zeros(V, np.bool_)
-    kept[answer.astype(np.int64)] = True
-    return kept
+    return allowed_tokens(function, row, function(*given), V)
 
 
 def all_traced(functions: Functions, rows: int, W: int, V: int, compiled: bool) -> bool:

@@ -31,9 +31,9 @@ CORE_LIBRARIES = {
 #: Rooms of the core that import frameworks, wings or conversion, in the function that needs them.
 LATE_IMPORTERS = ("opt_core/cli", "opt_core/tokenizer")
 ROOMS = {"attention", "decoder", "generation", "models", "weights"}
-#: Rooms that a framework needs besides: PyTorch's private operators for CPUs, and a model that trains
-#: as in evaluation; layers that Keras and Flax do not have, or have otherwise; what Keras asks of a
-#: model that it trains.
+#: Rooms that a framework needs besides: PyTorch's private operators for CPUs, and modes that belong
+#: to modules; layers that Keras and Flax do not have, or have otherwise; what Keras asks of a model
+#: that it trains.
 NATIVE = {
     "opt_torch": {"evaluation", "linear", "packed"},
     "opt_tf": {"layers", "training"},

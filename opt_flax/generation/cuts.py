@@ -141,7 +141,9 @@ def _eta(scores: Array, text: Any, least: Array, kept: Array) -> Array:
 
 
 def _renormalized(scores: Array, text: Any) -> Array:
-    return jax.nn.log_softmax(scores)
+    # Beside a score of inf nothing else has a probability, and of -inf alone there is none.
+    is_finite = jnp.isfinite(scores.max(axis=1, keepdims=True))
+    return jnp.where(is_finite, jax.nn.log_softmax(scores), scores)
 
 
 #: Every rule by its name: see `opt_flax.generation.rules`.

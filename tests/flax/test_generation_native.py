@@ -526,6 +526,7 @@ LARGE = float(np.finfo(np.float32).max)
         ({"temperature": 0.5, "do_sample": True}, [LARGE, -LARGE, 2, 0], [LARGE, -LARGE, 4, 0]),
         ({"top_p": 0.5, "eta_cutoff": 0.2, "do_sample": True}, [np.inf, 1, 2, 0], [np.inf] * 4),
         ({"typical_p": 0.5, "top_k": 2, "do_sample": True}, [np.inf, 1, 2, 0], [np.inf] * 4),
+        ({"renormalize_logits": True}, [np.inf, 1, 2, 0], [np.inf, 1, 2, 0]),
         (
             {"exponential_decay_length_penalty": (0, 10.0), "eos_token_id": [0, 1]},
             [-2, 0, 1, 1],
@@ -537,7 +538,7 @@ LARGE = float(np.finfo(np.float32).max)
             [np.inf, 0, 1, 1],
         ),
     ],
-    ids=["temperature", "inf", "inf and typical_p", "fits float64", "fits nothing"],
+    ids=["temperature", "inf", "inf and typical_p", "log of inf", "fits float64", "fits nothing"],
 )
 def test_no_rule_makes_inf_of_a_number_or_a_number_of_inf(
     options: Any, scores: Any, right: Any

@@ -1,5 +1,6 @@
 """Fixtures and settings that every test may use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def wing(pytestconfig: pytest.Config) -> Wing:
     if not is_installed(name):
         pytest.fail(f"--wing {name} needs {FRAMEWORKS[name]}, which is not installed")
     return open_wing(name)
+
+
+@pytest.fixture(autouse=True)
+def _given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "wing" in request.fixturenames:
+        request.getfixturevalue("wing").after_test()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from opt_core.weights import Head, stored_name, table
 from opt_flax.weights import path_of, tensors
 from tests.cases import Arrays
 from tests.wings import Wing
+
+_MAPPINGS = Path("/proc/self/maps")
+_MOST_MAPPINGS = 20_000
 
 
 class FlaxWing(Wing):
@@ -33,6 +37,11 @@ class FlaxWing(Wing):
 
     def limit_threads(self) -> None:
         """XLA has no such switch within a process; it takes one thread for tiny arrays."""
+
+    def after_test(self) -> None:
+        # XLA crashes where Linux refuses another mapping (65,530 by default); a program has several.
+        if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+            jax.clear_caches()
 
     def model_class(self, head: Head) -> Any:
         return getattr(opt_flax, f"FlaxOPT{head.value}")

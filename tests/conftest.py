@@ -70,10 +70,12 @@ def wing(pytestconfig: pytest.Config) -> Wing:
 
 
 @pytest.fixture(autouse=True)
-def _given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+def _given_back(pytestconfig: pytest.Config) -> Iterator[None]:
     yield
-    if "wing" in request.fixturenames:
-        request.getfixturevalue("wing").after_test()
+    if chosen_wing(pytestconfig) == "flax":
+        from tests.wings.flax_wing import give_back
+
+        give_back()
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,6 @@ class Wing(ABC):
     def limit_threads(self) -> None:
         """Compute on one core: tiny models gain nothing from more, and wait for busy ones."""
 
-    def after_test(self) -> None:
-        """What a process of many tests must give back."""
-
     def load(self, head: Head, source: Any, **options: Any) -> Any:
         """A model from a checkpoint."""
         return self.model_class(head).from_pretrained(source, **options)

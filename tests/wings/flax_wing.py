@@ -22,6 +22,15 @@ _MAPPINGS = Path("/proc/self/maps")
 _MOST_MAPPINGS = 20_000
 
 
+def give_back() -> None:
+    """Drop all programs before there are too many.
+
+    XLA crashes where Linux refuses a mapping more than 65,530, and a program has several.
+    """
+    if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 class FlaxWing(Wing):
     """opt_flax on the CPU."""
 
@@ -37,11 +46,6 @@ class FlaxWing(Wing):
 
     def limit_threads(self) -> None:
         """XLA has no such switch within a process; it takes one thread for tiny arrays."""
-
-    def after_test(self) -> None:
-        # XLA crashes where Linux refuses another mapping (65,530 by default); a program has several.
-        if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
-            jax.clear_caches()
 
     def model_class(self, head: Head) -> Any:
         return getattr(opt_flax, f"FlaxOPT{head.value}")

@@ -107,12 +107,6 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("the same word twice", "one", _WORDS | {"force_words_ids": [[20], [20]]}),
     (
-        "more words than fit",
-        "one",
-        _WORDS
-        | {"force_words_ids": [[20, 21, 22, 23, 13, 14, 16, 17, 18]], "num_return_sequences": 2},
-    ),
-    (
         "several with a word",
         "one",
         _WORDS | {"force_words_ids": [[20]], "num_return_sequences": 3, "eos_token_id": None},

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -56,7 +57,7 @@ class System(Protocol):
         """One step of AdamW."""
 
 
-class Torch:
+class Torch(ABC):
     """What our model and transformers' have in common: both are torch modules."""
 
     def __init__(self, folder: Path, threads: int, dtype: str) -> None:
@@ -68,9 +69,9 @@ class Torch:
         self.model: Any = None
         self.optimizer: Any = None
 
+    @abstractmethod
     def _load(self, name: str) -> Any:
         """A model of the folder of checkpoints."""
-        raise NotImplementedError
 
     def load(self) -> None:
         self.model = self._load("hf")

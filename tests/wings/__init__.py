@@ -111,7 +111,7 @@ class Wing(ABC):
 
         They add the bias to a token, end a text after it, and allow every second token.
         """
-        raise NotImplementedError
+        raise TypeError(f"the wing {self.name} traces no functions")
 
     def _prompt(self, input_ids: Any, options: dict[str, Any]) -> list[Any]:
         for name in _ARRAYS & options.keys():

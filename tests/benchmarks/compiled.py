@@ -1,4 +1,4 @@
-"""The peers whose frameworks compile: our Keras and Flax wings, and KerasHub's OPT."""
+"""The peers that compile: our Keras and Flax wings, KerasHub's OPT, and transformers 4's."""
 
 from __future__ import annotations
 
@@ -214,6 +214,73 @@ class KerasHub:
     def _ready(self) -> None:
         if not hasattr(self, "model"):
             self._build()
+
+
+class TransformersOnKeras:
+    """The OPT of transformers 4.53 on TensorFlow, compiled by XLA as a whole."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.tf, self.folder = _tensorflow(threads), folder
+        self.facts = _of_version_4(tensorflow=self.tf.__version__)
+
+    def load(self) -> None:
+        from transformers import TFOPTForCausalLM
+
+        self.model = TFOPTForCausalLM.from_pretrained(self.folder / "hf", from_pt=True)
+        self.forward = self.tf.function(self.model, jit_compile=True)
+        self.generate = self.tf.function(self.model.generate, jit_compile=True)
+
+    def prefill(self, ids: Ids) -> None:
+        self.forward(self.tf.constant(ids, self.tf.int32))
+
+    def decode(self, ids: Ids, count: int, way: str) -> None:
+        if way == "assisted":
+            raise LookupError("transformers has no assisted decoding for TensorFlow")
+        self.generate(self.tf.constant(ids, self.tf.int32), **_exactly(count), **WAYS[way])
+
+    def train(self, ids: Ids) -> None:
+        raise LookupError("not written")
+
+
+class TransformersOnJax:
+    """The OPT of transformers 4.53 in Flax, compiled as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        import jax
+
+        self.jax, self.folder = jax, folder
+        self.facts = _of_version_4(jax=jax.__version__)
+
+    def load(self) -> None:
+        from transformers import FlaxOPTForCausalLM
+
+        self.model = FlaxOPTForCausalLM.from_pretrained(self.folder / "hf", from_pt=True)
+        self.forward = self.jax.jit(lambda params, ids: self.model(ids, params=params).logits)
+        self.generate: dict[str, Any] = {}
+
+    def prefill(self, ids: Ids) -> None:
+        self.jax.block_until_ready(self.forward(self.model.params, ids.astype(np.int32)))
+
+    def decode(self, ids: Ids, count: int, way: str) -> None:
+        if way not in ("greedy", "beams"):
+            raise LookupError(f"transformers has no {way} decoding for Flax")
+        if way not in self.generate:
+            options = {**_exactly(count), **WAYS[way]}
+            self.generate[way] = self.jax.jit(
+                lambda params, ids: self.model.generate(ids, params=params, **options).sequences
+            )
+        self.jax.block_until_ready(self.generate[way](self.model.params, ids.astype(np.int32)))
+
+    def train(self, ids: Ids) -> None:
+        raise LookupError("not written")
+
+
+def _of_version_4(**versions: str) -> dict[str, Any]:
+    return {"transformers": version("transformers"), **versions, "dtype": "float32"}
+
+
+def _exactly(count: int) -> dict[str, Any]:
+    return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
 
 
 def _keras_inputs(ids: Ids) -> dict[str, Ids]:

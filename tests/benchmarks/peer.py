@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from opt_core import __version__
-from tests.benchmarks.compiled import WAYS, KerasHub, OursOnJax, OursOnKeras
+from tests.benchmarks.compiled import (
+    WAYS,
+    KerasHub,
+    OursOnJax,
+    OursOnKeras,
+    TransformersOnJax,
+    TransformersOnKeras,
+)
 
 SHAPES = {
     "prefill-1x512": (1, 512),
@@ -199,6 +206,8 @@ SYSTEMS: dict[str, Callable[[Path, int], System]] = {
     "keras_hub-jax": lambda folder, n: KerasHub("jax", n),
     "transformers": lambda folder, n: Transformers(folder, n, "float32"),
     "transformers-bf16": lambda folder, n: Transformers(folder, n, "bfloat16"),
+    "transformers-tf": lambda folder, n: TransformersOnKeras(folder, n),
+    "transformers-flax": lambda folder, n: TransformersOnJax(folder),
     "ctranslate2": lambda folder, n: CTranslate2(folder, n, "float32"),
     "ctranslate2-int8": lambda folder, n: CTranslate2(folder, n, "int8"),
 }

@@ -44,6 +44,8 @@ PEERS = (
     "ctranslate2",
     "ctranslate2-int8",
 )
+#: Of transformers 4, which wants other versions of its frameworks: run with `--transformers4`.
+OLD_PEERS = ("transformers-tf", "transformers-flax")
 
 
 class Measured(NamedTuple):
@@ -79,8 +81,8 @@ class Measured(NamedTuple):
 class Peer:
     """A process that answers with one measurement for each case that it is asked."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.peer", name, str(folder), str(threads)]
+    def __init__(self, name: str, folder: Path, threads: int, python: str) -> None:
+        command = [python, "-m", "tests.benchmarks.peer", name, str(folder), str(threads)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -102,18 +104,21 @@ class Peer:
 
 
 def measure(
-    peers: list[str], cases: list[str], rounds: int, folder: Path, threads: int
+    pythons: dict[str, str], cases: list[str], rounds: int, folder: Path, threads: int
 ) -> list[Measured]:
-    """All peers, interleaved. The first answer of each warms up and does not count."""
+    """All peers, interleaved. The first answer of each warms up and does not count.
+
+    `pythons` has for each peer the interpreter to run it with.
+    """
     result: list[Measured] = []
     for case in cases:
         found: dict[str, Measured] = {}
-        running = {name: Peer(name, folder, threads) for name in peers}
+        running = {name: Peer(name, folder, threads, python) for name, python in pythons.items()}
         for turn in range(rounds + (case != "load")):
-            for name in peers:
+            for name, python in pythons.items():
                 if case == "load" and turn:  # loading is measured in a fresh process
                     running[name].close()
-                    running[name] = Peer(name, folder, threads)
+                    running[name] = Peer(name, folder, threads, python)
                 answer = running[name].ask(case)
                 if "skip" in answer or (case != "load" and turn == 0):
                     continue
@@ -165,6 +170,12 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument(
+        "--transformers4",
+        metavar="PYTHON",
+        help="the interpreter of an environment with transformers 4.53, torch, tensorflow < 2.19, "
+        f"tf-keras, flax and jax; adds the peers {' and '.join(OLD_PEERS)}",
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -175,7 +186,10 @@ def main() -> None:
         subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.peer", "prepare", str(folder), "1"], check=True
         )
-        measured = measure(args.peers, args.cases, args.rounds, folder, args.threads)
+        pythons = dict.fromkeys(args.peers, sys.executable)
+        if args.transformers4:
+            pythons |= dict.fromkeys(OLD_PEERS, args.transformers4)
+        measured = measure(pythons, args.cases, args.rounds, folder, args.threads)
     print(f"\n{machine()}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}\n")
     print(table(measured))
 

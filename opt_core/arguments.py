@@ -232,8 +232,8 @@ def nan_scores(length: int) -> ValueError:
 def infinite_scores(length: int) -> ValueError:
     """The error for a score of +inf, beside which no other token has a probability."""
     return ValueError(
-        f"a score is +inf after {length} tokens, so that there is nothing to draw from; does the "
-        "model overflow in this dtype, or does a function given to generate set it? "
+        f"a score is +inf after {length} tokens, beside which nothing can be drawn or weighed; "
+        "does the model overflow in this dtype, or does a function given to generate set it? "
         "remove_invalid_values=True makes it the largest number"
     )
 

@@ -212,15 +212,24 @@ def test_a_function_that_gives_another_shape_is_named(subject: Subject, wing: Wi
 # What functions may give, and how they are asked
 
 
-DRAWN = {"sampling": {}, "beam sampling": {"num_beams": 2}}
+DRAWN: dict[str, Any] = {"do_sample": True, "seed": 1}
+#: What draws from scores, adds them up or sets them against something else.
+NEEDS_FINITE: dict[str, dict[str, Any]] = {
+    "sampling": DRAWN,
+    "beams": {"num_beams": 2},
+    "beam sampling": {"num_beams": 2, **DRAWN},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "forced words": {"num_beams": 2, "force_words_ids": [[7]]},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+}
 
 
-@pytest.mark.parametrize("strategy", DRAWN)
-def test_nothing_is_drawn_beside_a_score_of_inf(
+@pytest.mark.parametrize("strategy", NEEDS_FINITE)
+def test_a_score_of_inf_leaves_nothing_to_draw_or_to_weigh(
     subject: Subject, wing: Wing, strategy: str
 ) -> None:
-    asked = {"max_new_tokens": 2, "do_sample": True, "seed": 1, **DRAWN[strategy]}
-    with pytest.raises(ValueError, match=r"a score is \+inf after \d tokens, so that there is"):
+    asked = {"max_new_tokens": 2, **NEEDS_FINITE[strategy]}
+    with pytest.raises(ValueError, match=r"a score is \+inf after \d tokens, beside which"):
         subject.generate(words(2, 4), logits_processor=[wing.on_host(_certain)], **asked)
 
 

@@ -115,7 +115,7 @@ CALLS: dict[str, Callable[[Floats, list[int], dict[str, Any]], Floats]] = {
     "typical_p": lambda s, _, o: cuts.typical_p(s, o["mass"], kept(o)),
     "epsilon_cutoff": lambda s, _, o: cuts.epsilon_cutoff(s, o["epsilon"], kept(o)),
     "eta_cutoff": lambda s, _, o: cuts.eta_cutoff(s, o["epsilon"], kept(o)),
-    "renormalize_logits": lambda s, *_: cuts.renormalize_logits(s),
+    "renormalize_logits": lambda s, *_: cuts.log_softmax(s),
     "repetition_penalty": lambda s, t, o: rules.repetition_penalty(s, t, o["penalty"]),
     "no_repeat_ngram_size": lambda s, t, o: rules.no_repeat_ngram_size(s, t, o["ngram_size"]),
     "sequence_bias": lambda s, t, o: rules.sequence_bias(s, t, o["sequence_bias"]),

@@ -263,11 +263,22 @@ def test_guided_beams_add_up_what_guidance_gives() -> None:
 DRAWN: dict[str, Any] = {"do_sample": True, "seed": 1}
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"top_p": 0.5}, {"typical_p": 0.5}])
-def test_nothing_is_drawn_beside_a_score_of_inf(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        DRAWN,
+        {**DRAWN, "num_beams": 2},
+        {**DRAWN, "top_p": 0.5},
+        {**DRAWN, "typical_p": 0.5},
+        {"num_beams": 2},
+        {"num_beams": 2, "force_words_ids": [[7]]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+)
+def test_nothing_is_drawn_or_weighed_beside_a_score_of_inf(options: dict[str, Any]) -> None:
     certain = Call(logits_processor=[lambda _, scores: np.where(np.arange(V) == 7, np.inf, scores)])
-    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
-        record(certain, **DRAWN, **options)
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, beside which"):
+        record(certain, **options)
     found = record(certain, renormalize_logits=True).sequences
     assert (found[:, 4:] == 7).all()
 

@@ -264,6 +264,8 @@ class GenerationConfig:
         return result
 
     def _warn_of_idle(self, options: Mapping[str, Any]) -> None:
+        if None not in (options.get("max_length"), options.get("max_new_tokens")):
+            warnings.warn("max_length changes nothing beside max_new_tokens", stacklevel=4)
         waits = (
             self.do_sample,
             self.do_sample or bool(self.penalty_alpha),

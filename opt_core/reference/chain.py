@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opt_core import arguments
-from opt_core.generation import ORDER, allowed_tokens
+from opt_core.generation import ORDER, Strategy, allowed_tokens
 from opt_core.reference.cuts import CUTS, log_softmax, margin
 from opt_core.reference.inputs import Floats, Ints, Mask
 from opt_core.reference.rules import RULES, Place, suppress_tokens
@@ -17,6 +17,8 @@ from opt_core.reference.setup import Run
 
 #: Where the functions of the user stand between the rules.
 _FUNCTIONS = ORDER.index("logits_processor")
+#: What adds scores up, or sets them against something else.
+_WEIGHING = (Strategy.BEAMS, Strategy.CONSTRAINED, Strategy.CONTRASTIVE)
 
 
 class Line(NamedTuple):
@@ -73,7 +75,7 @@ def process(run: Run, scores: Floats, lines: Sequence[Line]) -> tuple[Floats, Fl
     for function in run.call.logits_processor:
         found = function(ids_of(run, lines), scores)
         scores = _answer(function, "logits processor", found, (scores.shape,)).astype(np.float64)
-    if run.asked.do_sample:
+    if run.asked.do_sample or run.asked.strategy in _WEIGHING:
         _check_finite(run, scores, lines)
     pairs = [_cut(run, row) for row in scores]
     scores = np.stack([row for row, _ in pairs])
@@ -148,7 +150,7 @@ def _cut(run: Run, scores: Floats) -> tuple[Floats, float]:
 
 
 def _check_finite(run: Run, scores: Floats, lines: Sequence[Line]) -> None:
-    """Before the cuts, which would hide it, and only where tokens are drawn."""
+    """Before the cuts, which would hide it. Greedy choice just takes the token."""
     for row, line in zip(scores, lines, strict=True):
         if line.is_live and np.isposinf(row).any():
             raise arguments.infinite_scores(len(run.texts[line.row]) + len(line.new))

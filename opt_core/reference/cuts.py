@@ -60,11 +60,6 @@ def eta_cutoff(scores: Floats, epsilon: float, keep: int = 1) -> Floats:
     return epsilon_cutoff(scores, eta(scores, epsilon), keep)
 
 
-def renormalize_logits(scores: Floats) -> Floats:
-    """Log-probabilities; beside a score of inf nothing else has one."""
-    return scores if np.isposinf(scores).any() else log_softmax(scores)
-
-
 def eta(scores: Floats, epsilon: float) -> float:
     """The bound of `eta_cutoff`."""
     return float(min(epsilon, np.sqrt(epsilon) * np.exp(-entropy(scores))))
@@ -85,7 +80,7 @@ CUTS: Mapping[str, Callable[[Floats, GenerationConfig], Floats]] = {
     "eta_cutoff": lambda scores, asked: eta_cutoff(
         scores, asked.eta_cutoff or 0.0, asked.kept_tokens
     ),
-    "renormalize_logits": lambda scores, _: renormalize_logits(scores),
+    "renormalize_logits": lambda scores, _: log_softmax(scores),
 }
 
 
@@ -153,7 +148,9 @@ def softmax(scores: Floats) -> Floats:
 
 
 def log_softmax(scores: Floats) -> Floats:
-    """Log-probabilities."""
+    """Log-probabilities; beside a score of inf, or of -inf alone, there are none: scores stay."""
+    if not np.isfinite(scores.max()):
+        return scores
     shifted = scores - scores.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 

@@ -181,7 +181,7 @@ def select(program: Program, state: State, logits: Array, asked: Asked) -> tuple
 @jax.jit
 def log_probabilities(logits: Array, asked: Asked) -> Array:
     """What beams start from: `[R, K, V]` -> `[B, K, V]`."""
-    return guided(jax.nn.log_softmax(logits.astype(wide(logits.dtype))), asked)
+    return guided(cuts.log_probabilities(logits.astype(wide(logits.dtype))), asked)
 
 
 def _group(state: State, beams: slice) -> Group:
@@ -221,7 +221,7 @@ def _candidates(
     own = jnp.take_along_axis(scores.reshape(B, k * V), found, axis=1).astype(jnp.float32)
     sums = cuts.added(taken(high, beams), taken(low, beams), own)
 
-    broken = marked(jnp.zeros(B * k, jnp.int32), raw, scores, asked, most=not program.samples)
+    broken = marked(jnp.zeros(B * k, jnp.int32), raw, scores, asked, most=False)
     # A beam of which nothing can be chosen just ends.
     broken = jnp.where(broken == NOTHING, 0, broken).reshape(B, k)
     broken = jnp.where(exists & ~done[:, None], broken, 0).min(1, keepdims=True)

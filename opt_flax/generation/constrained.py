@@ -66,9 +66,10 @@ def _scored(program: Program, state: beams.State, logits: Array, asked: Asked) -
 
 
 def _check(run: Run, row: int, text: ForcedWords, scores: Floats) -> None:
-    if np.isnan(scores).any():
-        length = int(run.texts.shown[row].sum()) + len(text.texts[0])
-        raise arguments.nan_scores(length)
+    highest = scores.max()
+    if not highest < np.inf:
+        error = arguments.nan_scores if np.isnan(highest) else arguments.infinite_scores
+        raise error(int(run.texts.shown[row].sum()) + len(text.texts[0]))
 
 
 def _step(

@@ -140,9 +140,9 @@ def _eta(scores: Array, text: Any, least: Array, kept: Array) -> Array:
     return _above(scores, chance >= bound, kept)
 
 
-def _renormalized(scores: Array, text: Any) -> Array:
-    # Beside a score of inf nothing else has a probability, and of -inf alone there is none.
-    is_finite = jnp.isfinite(scores.max(axis=1, keepdims=True))
+def log_probabilities(scores: Array) -> Array:
+    """Softmax's logarithm; beside a score of inf, or of -inf alone, none is, and scores stay."""
+    is_finite = jnp.isfinite(scores.max(axis=-1, keepdims=True))
     return jnp.where(is_finite, jax.nn.log_softmax(scores), scores)
 
 
@@ -155,7 +155,7 @@ CUTS: Mapping[str, Callable[..., Array]] = {
     "typical_p": _typical_p,
     "epsilon_cutoff": _epsilon,
     "eta_cutoff": _eta,
-    "renormalize_logits": _renormalized,
+    "renormalize_logits": lambda scores, text: log_probabilities(scores),
 }
 
 

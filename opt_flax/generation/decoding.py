@@ -15,7 +15,7 @@ from jax import Array, lax
 from opt_core.generation import DecodeState, Strategy
 from opt_flax.attention import Visible, choose, wide
 from opt_flax.decoder import Cache, positions_of
-from opt_flax.generation.cuts import draw, largest
+from opt_flax.generation.cuts import draw, largest, log_probabilities
 from opt_flax.generation.rules import Functions, Numbers, Text, chain, stopped
 
 State = DecodeState[Array, Cache]
@@ -279,7 +279,7 @@ def guided(logits: Array, asked: Asked) -> Array:
     if asked.guidance is None:
         return logits
     kind = wide(logits.dtype)
-    told, untold = jnp.split(jax.nn.log_softmax(logits.astype(kind)), 2)
+    told, untold = jnp.split(log_probabilities(logits.astype(kind)), 2)
     return asked.guidance.astype(kind) * (told - untold) + untold
 
 

@@ -11,16 +11,9 @@ from tensorflow import Tensor
 
 from opt_core.generation import BeamState
 from opt_tf.decoder import Cache
+from opt_tf.generation import cuts
 from opt_tf.generation.collecting import Carried, Found, of_beams
-from opt_tf.generation.cuts import (
-    INFINITE,
-    NAN,
-    NOTHING,
-    SOUND,
-    best,
-    draw_several,
-    has_infinite,
-)
+from opt_tf.generation.cuts import INFINITE, NAN, NOTHING, SOUND, best, draw_several
 from opt_tf.generation.decoding import Net, Run
 from opt_tf.generation.rules import after, guided, is_met, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
@@ -172,7 +165,7 @@ def select(state: State, scores: Tensor, told: Told, made: Made) -> Carried:
             tf.reshape(scores[:B], (B * K, V)),
             tf.cast(tf.reshape(joined.ruled, (B * K, V)), tf.float32),
         )
-    return Carried(_noted(state, joined, told, made), _fault(state, joined, scores, told), seen)
+    return Carried(_noted(state, joined, told, made), _fault(state, joined), seen)
 
 
 def log_probabilities(scores: Tensor, B: int, told: Told) -> Tensor:
@@ -180,7 +173,7 @@ def log_probabilities(scores: Tensor, B: int, told: Told) -> Tensor:
     _, K, V = scores.shape
     flat = tf.reshape(scores, (-1, V))
     if told.guidance is None:
-        logs = tf.nn.log_softmax(tf.cast(flat, tf.float64))
+        logs = cuts.log_probabilities(tf.cast(flat, tf.float64))
     else:
         logs = guided(flat, told)
     return tf.reshape(logs, (B, K, V))
@@ -297,7 +290,7 @@ def _pooled(
     return pool, kept, was | is_settled | tf.reduce_all(going == lowest, axis=1)
 
 
-def _fault(state: State, step: Step, raw: Tensor, told: Told) -> Tensor:
+def _fault(state: State, step: Step) -> Tensor:
     """What is wrong with the scores of each text that goes on: int32 `[B]`."""
     goes_on = ~tf.reduce_all(state.done, axis=1)
     alive = tf.reduce_any(step.scores > -np.inf, axis=1)
@@ -305,10 +298,8 @@ def _fault(state: State, step: Step, raw: Tensor, told: Told) -> Tensor:
     nothing = tf.where(alive | ended, SOUND, NOTHING)
     is_nan = tf.reduce_any(step.fault == NAN, axis=1)
     found = tf.where(is_nan, NAN, nothing)
-    if told.uniforms is not None:
-        is_infinite = has_infinite(raw, step.ruled, is_nan, is_mended=told.is_mended)
-        found = tf.where(is_infinite, INFINITE, found)
-    return tf.where(goes_on, found, SOUND)
+    is_infinite = tf.reduce_any(step.ruled == np.inf, axis=(1, 2))
+    return tf.where(goes_on, tf.where(is_infinite, INFINITE, found), SOUND)
 
 
 def _noted(state: State, step: Step, told: Told, made: Made) -> State:

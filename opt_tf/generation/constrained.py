@@ -14,7 +14,7 @@ from opt_core import arguments
 from opt_core.generation import Candidate, ForcedWords, Hypothesis
 from opt_tf.generation.beams import State, log_probabilities, moved, started, step
 from opt_tf.generation.collecting import Carried, Found, of_beams
-from opt_tf.generation.cuts import NAN, SOUND, best
+from opt_tf.generation.cuts import INFINITE, NAN, SOUND, best
 from opt_tf.generation.decoding import Net, Run
 from opt_tf.generation.rules import Text, after, is_met, ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
@@ -164,7 +164,8 @@ def offered(state: State, scores: Tensor, told: Told, made: Made) -> Offer:
     if not told.is_mended:
         is_bad |= tf.math.is_nan(logs)
     is_bad = tf.reduce_any(tf.reshape(is_bad, (B, K * V)), axis=1)
-    fault = tf.where(is_bad, NAN, SOUND)
+    is_infinite = tf.reduce_any(each == np.inf, axis=(1, 2))
+    fault = tf.where(is_infinite, INFINITE, tf.where(is_bad, NAN, SOUND))
     seen: tuple[Tensor, ...] = ()
     if made.collects:
         seen = tf.reshape(scores[:B], (B * K, V)), tf.cast(changed, tf.float32)

@@ -12,7 +12,7 @@ from tensorflow import Tensor
 from opt_core import arguments
 
 #: What is wrong with the scores of a step: nothing, they are NaN, all are -inf, or one that is to
-#: be drawn from is +inf.
+#: be drawn from or weighed is +inf.
 SOUND, NAN, NOTHING, INFINITE = range(4)
 
 #: The errors for them, which name a length.
@@ -109,6 +109,12 @@ def chosen_of(scores: Tensor, uniforms: Tensor | None, column: Tensor) -> Tensor
     if uniforms is None:
         return likeliest(scores)
     return draw(scores, tf.gather(uniforms, column, axis=1)[:, 0])
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Softmax's logarithm; beside a score of inf, or of -inf alone, none is, and scores stay."""
+    is_finite = tf.math.is_finite(tf.reduce_max(scores, axis=-1, keepdims=True))
+    return tf.where(is_finite, tf.nn.log_softmax(scores), scores)
 
 
 def fault_of(

@@ -90,7 +90,7 @@ def guided(scores: Tensor, told: Told) -> Tensor:
     """`[R, V]` -> `[B, V]`: with guidance, away from what is likely without the prompt."""
     if told.guidance is None:
         return scores
-    logarithms = tf.nn.log_softmax(tf.cast(scores, tf.float64))
+    logarithms = cuts.log_probabilities(tf.cast(scores, tf.float64))
     asked, unasked = tf.split(logarithms, 2)
     return told.guidance * (asked - unasked) + unasked
 
@@ -254,7 +254,7 @@ RULES: Mapping[str, Callable[..., Tensor]] = {
     "typical_p": lambda scores, _, mass, kept: cuts.typical_p(scores, mass, kept),
     "epsilon_cutoff": lambda scores, _, least, kept: cuts.epsilon_cutoff(scores, least, kept),
     "eta_cutoff": lambda scores, _, least, kept: cuts.eta_cutoff(scores, least, kept),
-    "renormalize_logits": lambda scores, _: tf.nn.log_softmax(scores),
+    "renormalize_logits": lambda scores, _: cuts.log_probabilities(scores),
 }
 
 

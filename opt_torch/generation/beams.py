@@ -13,7 +13,7 @@ from opt_core import arguments
 from opt_core.generation import BeamState
 from opt_torch.decoder import Cache
 from opt_torch.generation.collecting import Found, Notes, own_cache
-from opt_torch.generation.cuts import best, draw_several
+from opt_torch.generation.cuts import best, draw_several, log_probabilities
 from opt_torch.generation.decoding import (
     advance,
     apply_rules,
@@ -45,18 +45,15 @@ def search(run: Run, notes: Notes) -> Found:
     """The best sequences of every text.
 
     Raises:
-        ValueError: scores that are NaN, or a text for which nothing could be chosen.
+        ValueError: scores that are NaN or inf, or a text for which nothing could be chosen.
     """
     state, scores = begin(run)
     for count in range(run.plan.max_new_tokens):
-        state, wrong, infinite = _settle(run, state, scores, count, notes)
-        flags = (wrong.any(), infinite.any(), state.done.all())
-        is_wrong, is_infinite, is_done = torch.stack(flags).tolist()
-        if is_wrong:
-            raise arguments.nan_scores(real_tokens(run, wrong.any(1), int(state.length) - 1))
-        if is_infinite:
-            rows = infinite.any(1)
-            raise arguments.infinite_scores(real_tokens(run, rows, int(state.length) - 1))
+        length = int(state.length)
+        state, highest = _settle(run, state, scores, count, notes)
+        is_sound, is_done = torch.stack(((highest < torch.inf).all(), state.done.all())).tolist()
+        if not is_sound:
+            raise unsound(run, highest, length)
         if is_done:
             break
         if count + 1 < run.plan.max_new_tokens:
@@ -143,17 +140,14 @@ def matched(run: Run, state: Beams, chosen: Candidates) -> Tensor:
 
 def _settle(
     run: Run, state: Beams, scores: Tensor, count: int, notes: Notes
-) -> tuple[Beams, Tensor, Tensor]:
-    """One step's choice, group by group: the state that runs on, and two times bool `[B, K]`.
-
-    They are the beams whose scores are NaN, and those of which nothing can be drawn beside +inf.
-    """
+) -> tuple[Beams, Tensor]:
+    """One step's choice, group by group: the state that runs on, and what `unsound` looks at."""
     B, K = state.scores.shape
     k = K // run.asked.num_beam_groups
     following = guided(run, scores)
     done = state.done[:, :, None].expand(-1, -1, k).reshape(B, K)
     live = (state.scores > -torch.inf) & ~done
-    wrong = hidden_nan(run, following).view(B, K)
+    hidden = hidden_nan(run, following).view(B, K)
     following = following.view(B, K, -1)
     groups, all_ruled = [], []
     rivals = state.tokens.new_zeros(B, 0)
@@ -167,8 +161,7 @@ def _settle(
             rivals = torch.cat((rivals, settled.taken), dim=1)
     ruled = _joined(all_ruled)  # [B, K, V]
     notes.add(scores[: B * K], ruled.flatten(0, 1))
-    highest = ruled.amax(2)
-    infinite = (highest == torch.inf) & live & (run.uniforms is not None)
+    highest = ruled.amax(2).masked_fill(hidden, torch.nan).masked_fill(~live, 0)
     pool, scores, lengths, slots = map(_joined, zip(*(g.pool for g in groups), strict=True))
     state = state._replace(
         pool=pool,
@@ -178,7 +171,18 @@ def _settle(
         done=_joined([g.done for g in groups]),
     )
     running = map(_joined, zip(*(g.running for g in groups), strict=True))
-    return follow(run, state, Candidates(*running)), (wrong | highest.isnan()) & live, infinite
+    return follow(run, state, Candidates(*running)), highest
+
+
+def unsound(run: Run, highest: Tensor, length: int) -> ValueError:
+    """The error for beams whose highest score, `[B, K]`, is NaN or inf: sums of that mean nothing.
+
+    Inf comes before NaN, which it makes of what is computed from it.
+    """
+    infinite = highest == torch.inf
+    if bool(infinite.any()):
+        return arguments.infinite_scores(real_tokens(run, infinite.any(1), length))
+    return arguments.nan_scores(real_tokens(run, highest.isnan().any(1), length))
 
 
 def _joined(groups: Sequence[Tensor]) -> Tensor:
@@ -317,7 +321,7 @@ def _is_plain(run: Run) -> bool:
 def ruled_logs(run: Run, scores: Tensor, seen: Seen) -> Tensor:
     """Log-probabilities after the rules; guidance has taken the logarithm already."""
     if not run.asked.is_guided:
-        scores = scores.log_softmax(1)
+        scores = log_probabilities(scores)
     return apply_rules(run, scores, seen).double()
 
 

@@ -13,7 +13,7 @@ from opt_torch.generation import beams
 from opt_torch.generation.beams import Beams, Candidates
 from opt_torch.generation.collecting import Found, Notes
 from opt_torch.generation.cuts import best
-from opt_torch.generation.decoding import guided, hidden_nan, real_tokens
+from opt_torch.generation.decoding import guided, hidden_nan
 from opt_torch.generation.rules import Seen
 from opt_torch.generation.setup import Run, candidates
 
@@ -43,7 +43,7 @@ def _ruled(
     """Log-probabilities after the rules, `[B, K, V]`.
 
     Raises:
-        ValueError: a score of a beam that runs is NaN.
+        ValueError: a score of a beam that runs is NaN or inf.
     """
     following = guided(run, scores)
     done = torch.tensor([text.is_done for text in texts], device=scores.device)
@@ -51,10 +51,10 @@ def _ruled(
     seen = Seen(state.tokens[:, :, : state.length].flatten(0, 1), run.prompt, live=live)
     ruled = beams.ruled_logs(run, following, seen)
     notes.add(scores[: len(live)], ruled)
-    wrong = live & (hidden_nan(run, following) | ruled.amax(1).isnan())
-    if bool(wrong.any()):
-        rows = wrong.view(len(texts), -1).any(1)
-        raise arguments.nan_scores(real_tokens(run, rows, int(state.length)))
+    highest = ruled.amax(1).masked_fill(hidden_nan(run, following), torch.nan)
+    highest = highest.masked_fill(~live, 0).view(len(texts), -1)
+    if not bool((highest < torch.inf).all()):
+        raise beams.unsound(run, highest, int(state.length))
     return ruled.view(len(texts), run.asked.num_beams, -1)
 
 

@@ -43,7 +43,7 @@ def states(run: Run, notes: Notes) -> Iterator[State]:
         context[:, state.length] = F.normalize(chosen.float(), dim=-1)
         _keep(cache, place)
         state = state._replace(cache=cache, positions=state.positions + 1)
-        wrong, nothing = wrong | values[:, 0].isnan(), values[:, 0] == -torch.inf
+        wrong, nothing = wrong | values[:, 0].isnan(), values[:, 0].isinf()
         state, done = settled(run, state, tokens[rows, place], ruled, wrong, nothing)
         yield state
         if done:

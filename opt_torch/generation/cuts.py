@@ -79,9 +79,13 @@ def eta_cutoff(scores: Tensor, _: Seen, least: float, kept: int) -> Tensor:
 
 
 def renormalize_logits(scores: Tensor, _: Seen) -> Tensor:
-    """Log-probabilities of what is left; beside a score of inf nothing else has one."""
-    whole = scores.logsumexp(1, keepdim=True)
-    return torch.where(whole == torch.inf, scores, scores - whole)
+    """Log-probabilities of what is left."""
+    return log_probabilities(scores)
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Softmax's logarithm; beside a score of inf, or of -inf alone, none is, and scores stay."""
+    return torch.where(scores.amax(1, keepdim=True).isfinite(), scores.log_softmax(1), scores)
 
 
 def _entropy(log_probability: Tensor) -> Tensor:

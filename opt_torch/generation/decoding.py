@@ -15,7 +15,7 @@ from opt_core.generation import DecodeState
 from opt_torch.attention import Visible, choose
 from opt_torch.decoder import Cache, Decoder, positions_of
 from opt_torch.generation.collecting import Notes
-from opt_torch.generation.cuts import draw
+from opt_torch.generation.cuts import draw, log_probabilities
 from opt_torch.generation.rules import Seen, stopping_criteria
 from opt_torch.generation.setup import FixedPass, Run
 from opt_torch.linear import linear
@@ -114,7 +114,7 @@ def settled(
     """Write the chosen tokens `[B]`: the state, and whether all rows are finished now.
 
     `wrong` and `nothing` are bool `[B]`: scores were NaN, or no token could be chosen since all
-    were -inf, or drawn since one was +inf.
+    were -inf, or one +inf beside which none can be weighed.
 
     Raises:
         ValueError: so it was in a row that is not finished.
@@ -276,6 +276,6 @@ def guided(run: Run, scores: Tensor) -> Tensor:
     """What the rules begin with: `[R, V]` -> `[B, V]`; classifier-free guidance, 2306.17806."""
     if not run.asked.is_guided:
         return scores
-    following, without = scores.log_softmax(1).chunk(2)
+    following, without = log_probabilities(scores).chunk(2)
     scale = cast(float, run.asked.guidance_scale)
     return without + scale * (following - without)

@@ -224,7 +224,7 @@ class TransformersOnKeras:
         self.facts = _of_version_4(tensorflow=self.tf.__version__)
 
     def load(self) -> None:
-        from transformers import TFOPTForCausalLM
+        from transformers import TFOPTForCausalLM  # type: ignore[attr-defined]
 
         self.model = TFOPTForCausalLM.from_pretrained(self.folder / "hf", from_pt=True)
         self.forward = self.tf.function(self.model, jit_compile=True)
@@ -252,7 +252,7 @@ class TransformersOnJax:
         self.facts = _of_version_4(jax=jax.__version__)
 
     def load(self) -> None:
-        from transformers import FlaxOPTForCausalLM
+        from transformers import FlaxOPTForCausalLM  # type: ignore[attr-defined]
 
         self.model = FlaxOPTForCausalLM.from_pretrained(self.folder / "hf", from_pt=True)
         self.forward = self.jax.jit(lambda params, ids: self.model(ids, params=params).logits)

@@ -42,6 +42,7 @@ def test_every_entry_is_a_sure_one() -> None:
     assert all(e.get("same_in_float64", e.get("same_with_disturbed_weights")) for e in ENTRIES)
 
 
+@pytest.mark.filterwarnings("ignore:max_length changes nothing")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
 def test_tokens_are_those_of_the_reference_data(
     wing: Wing, trained: Any, assistant: Any, inputs: Any, entry: Any

@@ -82,6 +82,7 @@ def filled(sequences: list[list[int]], width: int) -> list[list[int]]:
     return [row + [1] * (width - len(row)) for row in sequences]
 
 
+@pytest.mark.filterwarnings("ignore:max_length changes nothing")
 @pytest.mark.parametrize("place", range(72))
 def test_the_reference_data_come_out_whole(
     shared: Path, data: Any, models: dict[str, tuple[OPTConfig, Any]], place: int
@@ -121,6 +122,7 @@ def test_transformers_finds_the_same_by_other_options(entry: dict[str, Any]) -> 
         np.testing.assert_allclose(found.sequences_scores, entry["scores"], atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:max_length changes nothing")
 def test_margins_of_greedy_choice_are_those_of_the_reference_data(
     shared: Path, data: Any, models: dict[str, tuple[OPTConfig, Any]]
 ) -> None:

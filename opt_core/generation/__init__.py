@@ -1,6 +1,7 @@
 """How decoding is asked for and planned: options, rules, lengths, uniforms, the states."""
 
 from opt_core.generation.answers import allowed_tokens
+from opt_core.generation.calls import Call, check_assistant, check_goes_on, check_negative_prompt
 from opt_core.generation.chain import ORDER, STEADY, Given, given
 from opt_core.generation.configuration import GENERATION_FILE, GenerationConfig, Strategy
 from opt_core.generation.constraints import Candidate, ForcedWords, Hypothesis
@@ -25,6 +26,7 @@ __all__ = [
     "ORDER",
     "STEADY",
     "BeamState",
+    "Call",
     "Candidate",
     "DecodeState",
     "ForcedWords",
@@ -39,7 +41,10 @@ __all__ = [
     "TextStreamer",
     "allowed_tokens",
     "bucket",
+    "check_assistant",
     "check_chunk",
+    "check_goes_on",
+    "check_negative_prompt",
     "fresh_seed",
     "given",
     "plan",

@@ -171,6 +171,16 @@ class GenerationConfig:
         return Strategy.SAMPLING if self.do_sample else Strategy.GREEDY
 
     @property
+    def candidates(self) -> int:
+        """How many candidates a step weighs: of each group of beams, or in contrastive search.
+
+        With beams enough that, whatever stops, a group's number of them goes on.
+        """
+        if self.num_beams > 1:
+            return max(2, 1 + len(self.stops)) * (self.num_beams // self.num_beam_groups)
+        return (self.top_k or 1) if self.penalty_alpha else 1
+
+    @property
     def is_guided(self) -> bool:
         """Whether every step is computed with and without the prompt (`guidance_scale`)."""
         return self.guidance_scale not in (None, 1.0)

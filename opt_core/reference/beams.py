@@ -100,21 +100,16 @@ class Group:
         return running + [nothing] * (self.size - len(running))
 
 
-def candidate_count(run: Run, size: int) -> int:
-    """M: of how many candidates a group keeps the best; enough that `size` of them do not stop."""
-    return max(2, 1 + len(run.asked.stops)) * size
-
-
 def search(run: Run) -> Searched:
     """Search every text with `num_beams` beams, until it is done.
 
     Each text decides for itself; with `waits_for_batch` all search on until all are done.
 
     A step adds to each beam's sum the processed log-probability of every token. The best M of
-    these (beam, token) pairs are candidates (see `candidate_count`), of equals the one with the
-    lowest beam * V + token first; `do_sample` draws them instead (see `drawn`). A candidate ends by
-    a stop token, a stop string, a criterion, or because it is the last step. Group by group, the
-    tokens of the best K / G candidates that did not end, but for the last step, lower their scores
+    these (beam, token) pairs (see `GenerationConfig.candidates`) are candidates, of equals the one
+    with the lowest beam * V + token first; `do_sample` draws them instead (see `drawn`). A
+    candidate ends by a stop token, a stop string, a criterion, or because it is the last step.
+    Group by group, the tokens of the best K / G that did not end but by that lower their scores
     for the groups that follow; groups that were done before lower nothing.
 
     Raises:
@@ -122,7 +117,7 @@ def search(run: Run) -> Searched:
     """
     asked, count = run.asked, run.asked.num_beam_groups
     size, steps = asked.num_beams // count, run.planned.max_new_tokens
-    M = candidate_count(run, size)
+    M = asked.candidates
     draws = M if asked.do_sample else 1
     uniform = uniforms(asked.seed, len(run.texts), steps, draws)  # [B, N, M]
     texts = [[Group(run, g * size, size) for g in range(count)] for _ in run.texts]
@@ -166,7 +161,7 @@ def _step(
 
     Gives scores and logits [B, K / G, V], and adds to each text's `taken`.
     """
-    size, M = groups[0].size, candidate_count(run, groups[0].size)
+    size, M = groups[0].size, run.asked.candidates
     lines = [
         Line(row, beam.tokens, beam.score > -np.inf and not group.is_done, taken[row])
         for row, group in enumerate(groups)

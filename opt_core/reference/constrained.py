@@ -6,7 +6,7 @@ import numpy as np
 
 from opt_core import arguments
 from opt_core.generation import ForcedWords
-from opt_core.reference.beams import Searched, candidate_count, top
+from opt_core.reference.beams import Searched, top
 from opt_core.reference.chain import Line, halted, score
 from opt_core.reference.inputs import Floats
 from opt_core.reference.setup import Run
@@ -54,6 +54,6 @@ def _step(run: Run, row: int, text: ForcedWords, scores: Floats, so_far: Floats)
         line = Line(row, [*text.texts[beam], token])
         return run.is_ended(row, line.new) or bool(halted(run, [line], scores[[beam]])[0])
 
-    candidates = top(sums, candidate_count(run, len(sums)))
+    candidates = top(sums, run.asked.candidates)
     running = text.step(candidates, lambda beam, token: float(sums[beam, token]), ends)
     return [candidate.score for candidate in running]

@@ -10,7 +10,13 @@ import numpy as np
 
 from opt_core import arguments
 from opt_core.config import OPTConfig
-from opt_core.generation import GenerationConfig, Plan, Strategy, plan
+from opt_core.generation import (
+    GenerationConfig,
+    Plan,
+    check_assistant,
+    check_negative_prompt,
+    plan,
+)
 from opt_core.generation.stops import Spells
 from opt_core.reference.heads import output_embedding
 from opt_core.reference.inputs import Floats, Ints, Mask, token_ids, visible
@@ -119,7 +125,7 @@ def settle(
     arguments.check_functions("logits_processor", call.logits_processor)
     arguments.check_functions("stopping_criteria", call.stopping_criteria)
     asked = generation or GenerationConfig.from_model_config(config)
-    _check_negative(asked, call)
+    check_negative_prompt(asked, call.negative_prompt_ids, call.negative_prompt_attention_mask)
     ids = token_ids(input_ids, config)  # [B, P]
     if attention_mask is None and asked.padding_id is not None:
         attention_mask = ids != asked.padding_id
@@ -128,7 +134,7 @@ def settle(
         asked, config, prompt_length=ids.shape[1], row_lengths=[len(text) for text in texts]
     )
     if call.assistant is not None:
-        _check_assistant(asked, config, call.assistant[0])
+        check_assistant(asked, config.vocab_size, call.assistant[0].vocab_size)
     bare = [text[-1:] for text in texts]
     if call.negative_prompt_ids is not None:
         negative = token_ids(call.negative_prompt_ids, config)  # [B, Q]
@@ -139,23 +145,5 @@ def settle(
     return Run(config, doubles, asked, planned, call, known, ids, texts, bare)
 
 
-def _check_negative(asked: GenerationConfig, call: Call) -> None:
-    has_ids = call.negative_prompt_ids is not None
-    has_mask = call.negative_prompt_attention_mask is not None
-    if (has_ids and not asked.is_guided) or (has_mask and not has_ids):
-        raise arguments.unused_negative_prompt()
-
-
 def _texts(ids: Ints, mask: Mask) -> list[list[int]]:
     return [row[shown].tolist() for row, shown in zip(ids, mask, strict=True)]
-
-
-def _check_assistant(asked: GenerationConfig, config: OPTConfig, drafts: OPTConfig) -> None:
-    strategy = asked.strategy
-    if strategy is Strategy.ASSISTED:
-        strategy = Strategy.SAMPLING if asked.do_sample else Strategy.GREEDY
-    arguments.check_assistant(strategy.value, config.vocab_size, drafts.vocab_size)
-    if asked.is_guided:
-        raise arguments.assistant_needs("guidance_scale", "1.0")
-    if not asked.use_cache:
-        raise arguments.assistant_needs("use_cache", "True")

@@ -14,13 +14,13 @@ import numpy as np
 from jax import Array
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Strategy, Streamer, check_chunk, receiver
+from opt_core.generation import Call, GenerationConfig, Strategy, Streamer, check_chunk, receiver
 from opt_core.outputs import GenerateOutput
 from opt_flax.decoder import is_traced
 from opt_flax.generation import assisted, beams, collecting, constrained, contrastive, decoding
 from opt_flax.generation.collecting import Outcome
 from opt_flax.generation.decoding import Asked, Begun, Program, Seen
-from opt_flax.generation.setup import Call, Run, settled
+from opt_flax.generation.setup import Run, settled
 
 #: Where each strategy's `start`, `step` and `goes_on` are.
 _ROOMS: Mapping[Strategy, ModuleType] = {
@@ -98,7 +98,6 @@ class GenerationMixin:
         call = Call(
             input_ids,
             generation_config,
-            params,
             attention_mask,
             past_key_values,
             logits_processor,
@@ -109,7 +108,7 @@ class GenerationMixin:
             negative_prompt_attention_mask,
             tokenizer,
         )
-        run = _run(self, call, options)
+        run = _run(self, call, options, params)
         mode = _mode(run, compiled=compiled, traced=trace)
         if streamer is None:
             with mode:
@@ -132,65 +131,51 @@ class GenerationMixin:
         prng_key: Any = None,
         params: Any = None,
         *,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Callable[..., Any]] | None = None,
-        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
-        prefix_allowed_tokens_fn: Callable[..., Any] | None = None,
-        assistant_model: Any = None,
-        negative_prompt_ids: Any = None,
-        negative_prompt_attention_mask: Any = None,
-        tokenizer: Any = None,
         chunk: int = 1,
-        **options: Any,
+        **given: Any,
     ) -> Iterator[Array]:
         """As `generate`, but an iterator over the tokens `[B]` of each step.
 
-        `chunk` steps are computed at once, and then yielded one by one.
+        The other arguments are those of `generate`, but for a streamer. `chunk` steps are computed
+        at once, and then yielded one by one.
 
         Raises:
             ValueError: as `generate`, or nothing can be streamed: beams settle at the end.
         """
-        options |= _seeded(prng_key, options.get("seed"))
-        call = Call(
-            input_ids,
-            generation_config,
-            params,
-            attention_mask,
-            past_key_values,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
-            assistant_model,
-            negative_prompt_ids,
-            negative_prompt_attention_mask,
-            tokenizer,
-        )
-        run = _run(self, call, options)
+        call = Call.taken(given, input_ids=input_ids, generation_config=generation_config)
+        run = _run(self, call, given | _seeded(prng_key, given.get("seed")), params)
         _check_stream(run)
         check_chunk(chunk)
         return (tokens for _, columns in _chunks(run, chunk) for tokens in columns)
 
-    def warmup(self, batch_size: int = 1, prompt_length: int = 8, **options: Any) -> None:
-        """Compile what `generate` needs for prompts of about this size and these options.
+    def warmup(
+        self,
+        batch_size: int = 1,
+        prompt_length: int = 8,
+        *,
+        streamer: Any = None,
+        compiled: bool = True,
+        trace: bool = True,
+        prng_key: Any = None,
+        params: Any = None,
+        **given: Any,
+    ) -> None:
+        """Compile what `generate` needs for prompts of about this size.
 
-        Options are those of `generate`, its functions and models among them. With a `streamer`,
-        which is not called, it is what a stream needs.
+        The other arguments are those of `generate`, too. With a `streamer`, which is not called, it
+        is what a stream needs.
         """
-        streamer = options.pop("streamer", None)
-        mode = {name: options.pop(name, True) for name in ("compiled", "trace")}
-        options |= _seeded(options.pop("prng_key", None), options.get("seed"))
-        named = {name: options.pop(name) for name in Call._fields if name in options}
         token = self.generation_config.bos_token_id or 0
         ids = np.full((batch_size, prompt_length), token, np.int32)
-        named = {"attention_mask": np.ones_like(ids), **named, "input_ids": ids}
-        run = _run(self, Call(**named), options)
+        given = {"attention_mask": np.ones_like(ids), **given, "input_ids": ids}
+        call = Call.taken(given)
+        run = _run(self, call, given | _seeded(prng_key, given.get("seed")), params)
         # Two choices run every program there is.
         end = min(run.plan.max_new_tokens, 2)
         last: Any = np.int32(run.plan.prompt_length + end)
         asked = run.asked._replace(end=last)
         run = run._replace(asked=asked, plan=run.plan._replace(max_new_tokens=end))
-        with _mode(run, compiled=mode["compiled"], traced=mode["trace"]):
+        with _mode(run, compiled=compiled, traced=trace):
             if streamer is None:
                 _outcome(run)
                 return
@@ -199,9 +184,9 @@ class GenerationMixin:
                 pass
 
 
-def _run(model: Any, call: Call, options: dict[str, Any]) -> Run:
+def _run(model: Any, call: Call, options: dict[str, Any], params: Any) -> Run:
     """A settled call, without drafts where functions see all rows, or every step is looked at."""
-    run = settled(model, call, options)
+    run = settled(model, call, options, params)
     functions, asked = run.program.functions, run.generation
     sees_rows = functions.on_host or (functions.all and run.texts.rows > 1)
     if sees_rows or asked.output_scores or asked.output_logits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,11 +13,13 @@ import numpy as np
 from opt_core import arguments
 from opt_core.config import OPTConfig
 from opt_core.generation import (
+    Call,
     GenerationConfig,
     Plan,
     StopTable,
     Strategy,
     bucket,
+    check_goes_on,
     given,
     plan,
     prompt_room,
@@ -70,23 +71,6 @@ class Run(NamedTuple):
     def model_params(self) -> Any:
         """The parameters of the model alone."""
         return self.params if self.program.assistant is None else self.params[0]
-
-
-class Call(NamedTuple):
-    """The arguments of `generate` besides its options."""
-
-    input_ids: Any = None
-    generation_config: GenerationConfig | None = None
-    params: Any = None
-    attention_mask: Any = None
-    past_key_values: Any = None
-    logits_processor: Sequence[Any] | None = None
-    stopping_criteria: Sequence[Any] | None = None
-    prefix_allowed_tokens_fn: Any = None
-    assistant_model: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    tokenizer: Any = None
 
 
 class Texts(NamedTuple):
@@ -147,20 +131,16 @@ class Texts(NamedTuple):
         return self._replace(ids=ids, shown=shown, widened=width - self.ids.shape[1])
 
 
-def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
-    """Check and settle a call.
+def settled(model: Any, call: Call, options: dict[str, Any], params: Any = None) -> Run:
+    """Check and settle a call; `params` stand for those of the model.
 
     Raises:
         ValueError: a bad option or prompt, or no room for the tokens asked for.
     """
     config: OPTConfig = model.config
-    _check(call)
-    asked = (call.generation_config or model.generation_config).merged(**options)
-    params = model.params if call.params is None else call.params
-    strategy = _strategy(asked, call.assistant_model, config)
-    drafts = 0
-    if strategy is Strategy.ASSISTED:
-        drafts = asked.prompt_lookup_num_tokens or asked.num_assistant_tokens
+    asked = call.settled(model.generation_config, options)
+    params = model.params if params is None else params
+    strategy, drafts = call.strategy(asked, config.vocab_size), call.drafts(asked)
     texts = _texts(call, asked, config)
     planned = _planned(asked, config, texts, drafts)
     if asked.num_beams == 1:
@@ -168,16 +148,18 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
     if asked.is_guided:
         texts = _with_guidance(call, asked, config, texts)
         planned = _planned(asked, config, texts, drafts)
-    elif call.negative_prompt_ids is not None:
-        raise arguments.unused_negative_prompt()
     program = _program(model, asked, planned, strategy, drafts)
     program = replace(program, functions=_functions(call, texts.rows, program, config))
     if call.assistant_model is not None:
         module, room = call.assistant_model.module, prompt_room(planned.prompt_length)
         program = program.assisted(module, parts_of(module), room)
         params = (params, call.assistant_model.params)
-    numbers = _asked(asked, planned, config, program, texts, call.tokenizer)
-    begun = _begun(asked, planned, texts, numbers, call.tokenizer)
+    table = call.stop_table(asked, config.vocab_size)
+    numbers = _asked(asked, planned, config, program, texts, call.known_tokens(config.vocab_size))
+    if table is not None:
+        after: Any = table.after
+        numbers = numbers._replace(table=after)
+    begun = _begun(asked, planned, texts, table)
     run = Run(program, params, asked, planned, begun, numbers, texts)
     if run.is_traced and asked.do_sample and asked.seed is None:
         raise ValueError(
@@ -185,14 +167,6 @@ def settled(model: Any, call: Call, options: dict[str, Any]) -> Run:
             "give a seed, or call generate outside of jax.jit"
         )
     return run
-
-
-def _check(call: Call) -> None:
-    arguments.check_generation_config(call.generation_config)
-    arguments.check_functions("logits_processor", call.logits_processor)
-    arguments.check_functions("stopping_criteria", call.stopping_criteria)
-    if call.negative_prompt_ids is None and call.negative_prompt_attention_mask is not None:
-        raise arguments.unused_negative_prompt()
 
 
 def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
@@ -207,10 +181,7 @@ def _texts(call: Call, asked: GenerationConfig, config: OPTConfig) -> Texts:
             )
         held = int(past.length)
         arguments.check_past(held, len(past.keys[0]), tuple(ids.shape))
-        fed_again = {"guidance_scale": asked.is_guided, "penalty_alpha": asked.penalty_alpha}
-        for option, is_given in {**fed_again, "use_cache=False": not asked.use_cache}.items():
-            if is_given:
-                raise arguments.past_without(option)
+        check_goes_on(asked)
         if not is_traced(shown) and not (real := shown[:, held:].any(1)).all():
             raise arguments.past_holds_row(int(real.argmin()))
         past = past if held else None
@@ -225,17 +196,6 @@ def _with_guidance(call: Call, asked: GenerationConfig, config: OPTConfig, texts
     arguments.check_negative_prompt(tuple(ids.shape), texts.rows // copies)
     shown = _shown(ids, call.negative_prompt_attention_mask, asked.padding_id)
     return texts.guided(Texts(ids, shown, None, len(ids)).repeated(copies))
-
-
-def _strategy(asked: GenerationConfig, assistant: Any, config: OPTConfig) -> Strategy:
-    if assistant is None:
-        return asked.strategy
-    arguments.check_assistant(asked.strategy.value, config.vocab_size, assistant.config.vocab_size)
-    if not asked.use_cache:
-        raise arguments.assistant_needs("use_cache", "True")
-    if asked.is_guided:
-        raise arguments.assistant_needs("guidance_scale", "1")
-    return Strategy.ASSISTED
 
 
 def _planned(asked: GenerationConfig, config: OPTConfig, texts: Texts, drafts: int) -> Plan:
@@ -262,9 +222,9 @@ def _program(
     model: Any, asked: GenerationConfig, planned: Plan, strategy: Strategy, drafts: int
 ) -> Program:
     beams, groups = asked.num_beams, asked.num_beam_groups
-    candidates = max(2, 1 + len(asked.stops)) * (beams // groups)
+    candidates = asked.candidates if beams > 1 else 0
     if strategy is Strategy.CONTRASTIVE:
-        candidates = min(asked.top_k or 0, model.config.vocab_size)
+        candidates = min(asked.candidates, model.config.vocab_size)
     return Program(
         model.module,
         parts_of(model.module),
@@ -276,7 +236,7 @@ def _program(
         asked.use_cache,
         beams,
         groups,
-        candidates if beams > 1 or strategy is Strategy.CONTRASTIVE else 0,
+        candidates,
         drafts,
         asked.num_return_sequences if beams > 1 else 1,
     )
@@ -300,12 +260,11 @@ def _asked(
     config: OPTConfig,
     program: Program,
     texts: Texts,
-    tokenizer: Any,
+    known: int,
 ) -> Asked:
     V, P = config.vocab_size, planned.prompt_length
     stops: Any = np.full(max(1, -(-len(asked.stops) // _STOPS)) * _STOPS, V, np.int32)
     stops[: len(asked.stops)] = asked.stops
-    known = V if tokenizer is None else min(V, len(tokenizer))
     numbers = given(asked, planned, vocab_size=V, known=known)
     wanted = not program.keeps_cache or bool(program.functions.all)
     result = Asked(
@@ -320,9 +279,6 @@ def _asked(
         prompt=texts.filled(planned.width, asked.fill) if wanted else None,
         alpha=REAL(asked.penalty_alpha) if asked.penalty_alpha else None,
     )
-    if asked.stop_strings is not None:
-        table: Any = _table(asked, tokenizer, V).after
-        result = result._replace(table=table)
     if asked.num_beams > 1:
         early = WHOLE(3 if asked.waits_for_batch else _EARLY[asked.early_stopping])
         result = result._replace(ranking=(early, REAL(asked.length_penalty)))
@@ -340,23 +296,13 @@ def _drawn(asked: GenerationConfig, planned: Plan, rows: int, program: Program) 
     return result
 
 
-def _table(asked: GenerationConfig, tokenizer: Any, vocab_size: int) -> StopTable:
-    if tokenizer is None:
-        raise arguments.missing_tokenizer()
-    strings = asked.stop_strings or []
-    return StopTable.of([strings] if isinstance(strings, str) else strings, tokenizer, vocab_size)
-
-
-def _begun(
-    asked: GenerationConfig, planned: Plan, texts: Texts, numbers: Asked, tokenizer: Any
-) -> Begun:
+def _begun(asked: GenerationConfig, planned: Plan, texts: Texts, table: StopTable | None) -> Begun:
     library, held, P = texts.library, texts.held, planned.prompt_length
     tokens = texts.compact()
     matched = np.zeros(texts.rows, np.int32)
-    if numbers.table is not None:
+    if table is not None:
         if library is jnp:
             raise ValueError("stop_strings need the prompt's values; call it outside of jax.jit")
-        table = _table(asked, tokenizer, numbers.table.shape[1])
         matched[:] = [table.start(row[row >= 0].tolist()) for row in tokens]
     ids = texts.ids[:, held:]
     rest = ((0, 0), (0, max(0, planned.prompt_room - ids.shape[1])))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 from tensorflow import Tensor
 
 from opt_core import arguments
 from opt_core.generation import (
+    Call,
     GenerationConfig,
-    StopTable,
     Strategy,
     Streamer,
     check_chunk,
@@ -26,53 +24,7 @@ from opt_tf.generation.collecting import newest, record, sequences
 from opt_tf.generation.constrained import Constrained
 from opt_tf.generation.contrastive import Contrastive
 from opt_tf.generation.decoding import Plain
-from opt_tf.generation.rules import Functions
 from opt_tf.generation.setup import Setup, settle
-
-
-class Given(NamedTuple):
-    """The arguments of a call of `generate`, but for its options."""
-
-    input_ids: Any = None
-    attention_mask: Any = None
-    past_key_values: Any = None
-    logits_processor: Sequence[Callable[..., Any]] | None = None
-    stopping_criteria: Sequence[Callable[..., Any]] | None = None
-    prefix_allowed_tokens_fn: Callable[..., Any] | None = None
-    assistant_model: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    tokenizer: Any = None
-    compiled: bool = True
-
-    @property
-    def functions(self) -> Functions:
-        """Those that become a part of the programs, or run beside them."""
-        arguments.check_functions("logits_processor", self.logits_processor)
-        arguments.check_functions("stopping_criteria", self.stopping_criteria)
-        return Functions(
-            self.prefix_allowed_tokens_fn,
-            tuple(self.logits_processor or ()),
-            tuple(self.stopping_criteria or ()),
-        )
-
-    def stop_table(
-        self,
-        strings: str | list[str] | None,
-        vocab_size: int,
-        ids: NDArray[np.int32],
-        shown: NDArray[np.bool_],
-    ) -> tuple[NDArray[np.int32] | None, NDArray[np.int32]]:
-        """The table of the stop strings, and the state in which each text starts."""
-        if not strings:
-            return None, np.zeros(len(ids), np.int32)
-        if self.tokenizer is None:
-            raise arguments.missing_tokenizer()
-        given = [strings] if isinstance(strings, str) else strings
-        table = StopTable.of(given, self.tokenizer, vocab_size)
-        states = [table.start(row[real]) for row, real in zip(ids, shown, strict=True)]
-        return table.after, np.array(states, np.int32)
-
 
 _RUNS = {
     Strategy.GREEDY: Plain,
@@ -138,8 +90,9 @@ class GenerationMixin:
                 is computed), scores that are NaN, no token that may be chosen, a function that
                 gives another shape, or a call inside `tf.function`.
         """
-        call = Given(
+        call = Call(
             input_ids,
+            generation_config,
             attention_mask,
             past_key_values,
             logits_processor,
@@ -149,88 +102,44 @@ class GenerationMixin:
             negative_prompt_ids,
             negative_prompt_attention_mask,
             tokenizer,
-            compiled,
         )
-        return _generated(settle(self, call, generation_config, options), streamer)
+        return _generated(settle(self, call, options, compiled=compiled), streamer)
 
     def stream(
         self,
         input_ids: Any = None,
         generation_config: GenerationConfig | None = None,
         *,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Callable[..., Any]] | None = None,
-        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
-        prefix_allowed_tokens_fn: Callable[..., Any] | None = None,
-        assistant_model: Any = None,
-        negative_prompt_ids: Any = None,
-        negative_prompt_attention_mask: Any = None,
-        tokenizer: Any = None,
         compiled: bool = True,
         chunk: int = 1,
-        **options: Any,
+        **given: Any,
     ) -> Iterator[Tensor]:
         """As `generate`, but an iterator over the tokens `[B]` of each step.
 
-        One call of a program chooses `chunk` tokens: more of them cost less, and come later.
+        The other arguments are those of `generate`, but for a streamer. One call of a program
+        chooses `chunk` tokens: more of them cost less, and come later.
 
         Raises:
             ValueError: as `generate`; with beams, which settle at the end, with drafts for several
                 rows, which run one after the other, and with a chunk of less than one token.
         """
         check_chunk(chunk)
-        call = Given(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
-            assistant_model,
-            negative_prompt_ids,
-            negative_prompt_attention_mask,
-            tokenizer,
-            compiled,
-        )
-        setup = settle(self, call, generation_config, options)
+        call = Call.taken(given, input_ids=input_ids, generation_config=generation_config)
+        setup = settle(self, call, given, compiled=compiled)
         _check_streamed(setup)
         return _streamed(setup, chunk)
 
     def warmup(
-        self,
-        batch_size: int = 1,
-        prompt_length: int = 8,
-        *,
-        logits_processor: Sequence[Callable[..., Any]] | None = None,
-        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
-        prefix_allowed_tokens_fn: Callable[..., Any] | None = None,
-        assistant_model: Any = None,
-        negative_prompt_ids: Any = None,
-        negative_prompt_attention_mask: Any = None,
-        tokenizer: Any = None,
-        compiled: bool = True,
-        **options: Any,
+        self, batch_size: int = 1, prompt_length: int = 8, *, compiled: bool = True, **given: Any
     ) -> None:
-        """Compile the programs that `generate` runs for such prompts with such options.
+        """Compile the programs that `generate` runs for such prompts.
 
-        Functions are called with texts of token 0; one that cannot be traced as in `generate`.
+        The other arguments are those of `generate`. Functions are called with texts of token 0; one
+        that cannot be traced as in `generate`.
         """
         ids = tf.zeros((batch_size, prompt_length), tf.int32)
-        call = Given(
-            ids,
-            tf.ones_like(ids),
-            None,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
-            assistant_model,
-            negative_prompt_ids,
-            negative_prompt_attention_mask,
-            tokenizer,
-            compiled,
-        )
-        setup = settle(self, call, None, options)
+        given = {"attention_mask": tf.ones_like(ids), **given, "input_ids": ids}
+        setup = settle(self, Call.taken(given), given, compiled=compiled)
         _RUNS[setup.strategy](setup).warm()
 
     def prepare_inputs_for_generation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,10 +13,13 @@ from tensorflow import Tensor
 
 from opt_core import arguments
 from opt_core.generation import (
+    Call,
     GenerationConfig,
     Plan,
+    StopTable,
     Strategy,
     bucket,
+    check_goes_on,
     given,
     plan,
     prompt_room,
@@ -25,9 +28,6 @@ from opt_core.generation import (
 from opt_tf.decoder import Cache
 from opt_tf.generation.rules import Functions, Rules, all_traced
 from opt_tf.layers import check_ids
-
-if TYPE_CHECKING:
-    from opt_tf.generation.mixin import Given
 
 
 class Told(NamedTuple):
@@ -118,9 +118,7 @@ class Setup(NamedTuple):
         return result
 
 
-def settle(
-    model: Any, call: Given, generation: GenerationConfig | None, options: Mapping[str, Any]
-) -> Setup:
+def settle(model: Any, call: Call, options: Mapping[str, Any], *, compiled: bool) -> Setup:
     """All that a generation needs to know before its first pass.
 
     Raises:
@@ -131,31 +129,29 @@ def settle(
             "generate runs programs of its own, compiled by XLA unless compiled=False: call "
             "it outside tf.function"
         )
-    arguments.check_generation_config(generation)
     config = model.config
-    asked = (generation or model.generation_config).merged(**options)
-    if call.assistant_model is not None:
-        _check_assistant(asked, config.vocab_size, call.assistant_model.config.vocab_size)
+    asked = call.settled(model.generation_config, options)
+    call.strategy(asked, config.vocab_size)
     prompt = _prompt(call.input_ids, asked, config.vocab_size)
     shown = _shown(prompt, call.attention_mask, asked.padding_id)
     past = _past(call, config, asked, shown)
     held = 0 if past is None else past.get_seq_length()
     ids = prompt.numpy().astype(np.int32)
     others = _unguided(call, asked, config.vocab_size, ids, shown)
-    drafts = _drafts(asked, call.assistant_model)
-    planned = _planned(asked, config, shown, others, held, drafts)
-    return _settled(model, call, asked, planned, prompt, shown, others, past)
+    planned = _planned(asked, config, shown, others, held, call.drafts(asked))
+    return _settled(model, call, asked, planned, prompt, shown, others, past, compiled)
 
 
 def _settled(
     model: Any,
-    call: Given,
+    call: Call,
     asked: GenerationConfig,
     planned: Plan,
     prompt: Tensor,
     shown: NDArray[np.bool_],
     others: _Rows | None,
     past: Cache | None,
+    compiled: bool,
 ) -> Setup:
     """Every text once, then the same without their prompts; and what programs are told."""
     copies = 1 if asked.num_beams > 1 else asked.num_return_sequences
@@ -164,9 +160,15 @@ def _settled(
     B, P, V = len(ids) * copies, planned.prompt_length, model.config.vocab_size
     ids = _laid(ids, None if others is None else others.ids, P, copies)
     shown = _laid(shown, None if others is None else others.shown, P, copies)
-    functions = call.functions
-    table, matched = call.stop_table(asked.stop_strings, V, ids[:B], shown[:B])
-    told = _told(model, asked, planned, ids, B, call.tokenizer, table, P - prompt.shape[1])
+    functions = Functions(
+        call.prefix_allowed_tokens_fn,
+        tuple(call.logits_processor or ()),
+        tuple(call.stopping_criteria or ()),
+    )
+    table, matched = call.stop_table(asked, V), np.zeros(B, np.int32)
+    if table is not None:
+        matched[:] = [table.start(row[real]) for row, real in zip(ids, shown[:B], strict=False)]
+    told = _told(model, asked, planned, ids, B, call, table, P - prompt.shape[1])
     rows = B * asked.num_beams
     return Setup(
         model=model,
@@ -179,10 +181,10 @@ def _settled(
         held=held,
         matched=matched,
         told=told,
-        made=_made(asked, functions, call.assistant_model),
+        made=_made(asked, functions, call),
         assistant=call.assistant_model,
-        compiled=call.compiled,
-        hosted=not all_traced(functions, rows, planned.width, V, call.compiled),
+        compiled=compiled,
+        hosted=not all_traced(functions, rows, planned.width, V, compiled),
     )
 
 
@@ -202,17 +204,16 @@ def _told(
     planned: Plan,
     ids: NDArray[np.int32],
     B: int,
-    tokenizer: Any,
-    table: NDArray[np.int32] | None,
+    call: Call,
+    table: StopTable | None,
     widened: int,
 ) -> Told:
     V, P, W = model.config.vocab_size, planned.prompt_length, planned.width
-    known = V if tokenizer is None else min(V, len(tokenizer))
     fed = np.full((len(ids), W), asked.fill, np.int32)
     fed[:, :P] = ids
     stops = np.zeros(V, np.bool_)
     stops[list(asked.stops)] = True
-    rules = given(asked, planned, vocab_size=V, known=known)
+    rules = given(asked, planned, vocab_size=V, known=call.known_tokens(V))
     return Told(
         rules={name: tuple(map(tf.constant, values)) for name, values in rules.items()},
         written=tf.constant(fed[:B]),
@@ -221,7 +222,7 @@ def _told(
         stops=tf.constant(stops),
         fill=tf.constant(asked.fill),
         uniforms=_drawn(asked, planned, B),
-        table=None if table is None else tf.constant(table),
+        table=None if table is None else tf.constant(table.after),
         guidance=tf.constant(asked.guidance_scale, tf.float64) if asked.is_guided else None,
         hidden=tf.constant(widened) if asked.is_guided else None,
         fed=None if asked.use_cache else tf.constant(fed),
@@ -245,35 +246,24 @@ def _numbers(asked: GenerationConfig) -> tuple[Tensor, ...]:
 def _drawn(asked: GenerationConfig, planned: Plan, B: int) -> Tensor | None:
     if not asked.do_sample:
         return None
-    count, draws = planned.max_new_tokens, _candidates(asked) if asked.num_beams > 1 else 1
+    count, draws = planned.max_new_tokens, asked.candidates if asked.num_beams > 1 else 1
     result = np.zeros((B, planned.width, draws))
     start = planned.prompt_length
     result[:, start : start + count] = uniforms(asked.seed, B, count, draws)
     return tf.constant(result)
 
 
-def _made(asked: GenerationConfig, functions: Functions, assistant: Any) -> Made:
+def _made(asked: GenerationConfig, functions: Functions, call: Call) -> Made:
     return Made(
         functions=functions,
         caches=asked.use_cache,
         collects=asked.output_scores or asked.output_logits,
         beams=asked.num_beams,
         groups=asked.num_beam_groups,
-        candidates=_candidates(asked),
-        drafts=_drafts(asked, assistant),
-        longest=0 if assistant is not None else asked.max_matching_ngram_size or 2,
+        candidates=asked.candidates,
+        drafts=call.drafts(asked),
+        longest=0 if call.assistant_model is not None else asked.max_matching_ngram_size or 2,
     )
-
-
-def _candidates(asked: GenerationConfig) -> int:
-    if asked.num_beams > 1:
-        each = asked.num_beams // asked.num_beam_groups
-        return max(2, 1 + len(asked.stops)) * each
-    return (asked.top_k or 1) if asked.penalty_alpha else 1
-
-
-def _drafts(asked: GenerationConfig, assistant: Any) -> int:
-    return asked.prompt_lookup_num_tokens or (asked.num_assistant_tokens if assistant else 0)
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -309,21 +299,16 @@ def _shown(prompt: Tensor, mask: Any, padding: int | None) -> NDArray[np.bool_]:
 
 
 def _unguided(
-    call: Given,
+    call: Call,
     asked: GenerationConfig,
     vocab_size: int,
     ids: NDArray[np.int32],
     shown: NDArray[np.bool_],
 ) -> _Rows | None:
     """Each row without its prompt: its last real token alone, or the negative prompt."""
-    has_ids = call.negative_prompt_ids is not None
-    if (has_ids and not asked.is_guided) or (
-        call.negative_prompt_attention_mask is not None and not has_ids
-    ):
-        raise arguments.unused_negative_prompt()
     if not asked.is_guided:
         return None
-    if not has_ids:
+    if call.negative_prompt_ids is None:
         last = np.where(shown, np.arange(shown.shape[1]), 0).max(axis=1)
         alone = ids[np.arange(len(ids)), last][:, None]
         return _Rows(alone, np.ones(alone.shape, np.bool_))
@@ -364,7 +349,7 @@ def _planned(
 
 
 def _past(
-    call: Given, config: Any, asked: GenerationConfig, shown: NDArray[np.bool_]
+    call: Call, config: Any, asked: GenerationConfig, shown: NDArray[np.bool_]
 ) -> Cache | None:
     """The cache of an earlier call, if what it lacks is not needed: hidden states, other rows."""
     past = Cache.of(call.past_key_values, config.num_hidden_layers)
@@ -372,20 +357,7 @@ def _past(
         return None
     held = past.get_seq_length()
     arguments.check_past(held, int(past.keys[0].shape[0]), shown.shape)
-    is_contrastive = asked.strategy is Strategy.CONTRASTIVE
-    options = ("penalty_alpha", "guidance_scale", "use_cache")
-    asks = (is_contrastive, asked.is_guided, not asked.use_cache)
-    for option, needs_more in zip(options, asks, strict=True):
-        if needs_more:
-            raise arguments.past_without(option)
+    check_goes_on(asked)
     if not (goes_on := shown[:, held:].any(axis=1)).all():
         raise arguments.past_holds_row(int(goes_on.argmin()))
     return past.counted() if held else None
-
-
-def _check_assistant(asked: GenerationConfig, vocab_size: int, drafts: int) -> None:
-    arguments.check_assistant(asked.strategy.value, vocab_size, drafts)
-    if asked.is_guided:
-        raise arguments.assistant_needs("guidance_scale", "1.0")
-    if not asked.use_cache:
-        raise arguments.assistant_needs("use_cache", "True")

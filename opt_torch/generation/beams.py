@@ -26,7 +26,7 @@ from opt_torch.generation.decoding import (
     whole_pass,
 )
 from opt_torch.generation.rules import Seen, stopping_criteria
-from opt_torch.generation.setup import Run, candidates
+from opt_torch.generation.setup import Run
 
 Beams = BeamState[Tensor, Cache]
 
@@ -288,7 +288,7 @@ def candidates_of(
     the second result is the sum `[B * k, 1]` that they would be taken from: NaN where a score is.
     """
     B, k, V = scores.shape
-    M = min(candidates(run.asked), k * V)
+    M = min(run.asked.candidates, k * V)
     running = state.scores[:, group, None]  # [B, k, 1]
     text = state.tokens[:, group, : state.length].flatten(0, 1)
     if _is_plain(run):

@@ -15,7 +15,7 @@ from opt_torch.generation.collecting import Found, Notes
 from opt_torch.generation.cuts import best
 from opt_torch.generation.decoding import guided, hidden_nan
 from opt_torch.generation.rules import Seen
-from opt_torch.generation.setup import Run, candidates
+from opt_torch.generation.setup import Run
 
 
 def search(run: Run, notes: Notes) -> Found:
@@ -64,7 +64,7 @@ def _step(run: Run, state: Beams, row: int, text: ForcedWords, ruled: Tensor) ->
         return [Candidate(-torch.inf, 0, 0)] * len(ruled)
     V = ruled.shape[1]
     sums = ruled + state.scores[row, :, None]  # [K, V]
-    values, places = best(sums.view(1, -1), candidates(run.asked))
+    values, places = best(sums.view(1, -1), run.asked.candidates)
     found = [
         Candidate(value, *divmod(place, V))
         for value, place in zip(values[0].tolist(), places[0].tolist(), strict=True)

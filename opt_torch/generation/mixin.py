@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from opt_core import arguments
-from opt_core.generation import GenerationConfig, Strategy, Streamer, receiver
+from opt_core.generation import Call, GenerationConfig, Strategy, Streamer, receiver
 from opt_core.outputs import GenerateOutput
 from opt_torch.generation import assisted, beams, constrained, contrastive, decoding
 from opt_torch.generation.collecting import Found, Notes, record, sequences
 from opt_torch.generation.decoding import State
-from opt_torch.generation.setup import Asked, Run, settle
+from opt_torch.generation.setup import Run, settle
 
 #: What is settled token by token.
 _STATES: dict[Strategy, Callable[[Run, Notes], Iterator[State]]] = {
@@ -82,18 +82,20 @@ class GenerationMixin:
             ValueError: a bad option or argument, no room for the tokens asked for (before
                 anything is computed), scores that are NaN, or no token that may be chosen.
         """
-        asked = Asked(
+        call = Call(
+            input_ids,
+            generation_config,
             attention_mask,
             past_key_values,
-            logits_processor or (),
-            stopping_criteria or (),
+            logits_processor,
+            stopping_criteria,
             prefix_allowed_tokens_fn,
             assistant_model,
             negative_prompt_ids,
             negative_prompt_attention_mask,
             tokenizer,
         )
-        run = _compiled(settle(self, input_ids, generation_config, asked, options), compiled)
+        run = _compiled(settle(self, call, options), compiled)
         notes = Notes.of(run)
         found = _found(run, notes, streamer)
         if run.asked.return_dict_in_generate:
@@ -105,37 +107,20 @@ class GenerationMixin:
         input_ids: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Any] | None = None,
-        stopping_criteria: Sequence[Any] | None = None,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None,
-        assistant_model: Any = None,
-        negative_prompt_ids: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-        tokenizer: Any = None,
         compiled: bool | str = False,
-        **options: Any,
+        **given: Any,
     ) -> Iterator[Tensor]:
         """As `generate`, but an iterator over the tokens `[B]` of each step.
+
+        The other arguments are those of `generate`, but for a streamer.
 
         Raises:
             ValueError: as `generate`, before the first token; beams were asked for, which settle at
                 the end, or assisted decoding of several rows, which run one after the other.
         """
-        asked = Asked(
-            attention_mask,
-            past_key_values,
-            logits_processor or (),
-            stopping_criteria or (),
-            prefix_allowed_tokens_fn,
-            assistant_model,
-            negative_prompt_ids,
-            negative_prompt_attention_mask,
-            tokenizer,
-        )
+        call = Call.taken(given, input_ids=input_ids, generation_config=generation_config)
         with torch.no_grad():
-            run = _compiled(settle(self, input_ids, generation_config, asked, options), compiled)
+            run = _compiled(settle(self, call, given), compiled)
         _check_streamed(run)
         return _newest_tokens(_STATES[run.strategy](run, Notes()))
 
@@ -145,24 +130,20 @@ class GenerationMixin:
         batch_size: int = 1,
         prompt_length: int = 8,
         *,
-        assistant_model: Any = None,
-        tokenizer: Any = None,
         compiled: bool | str = False,
-        **options: Any,
+        **given: Any,
     ) -> None:
-        """Pack and compile what calls of this size with these options need, before the first.
+        """Pack and compile what calls of this size need, before the first.
+
+        The other arguments are those of `generate`.
 
         Raises:
             ValueError: as `generate`.
         """
         device = next(self.parameters()).device  # type: ignore[attr-defined]
         ids = torch.zeros(batch_size, prompt_length, dtype=torch.long, device=device)
-        asked = Asked(
-            attention_mask=torch.ones_like(ids),
-            assistant_model=assistant_model,
-            tokenizer=tokenizer,
-        )
-        run = _compiled(settle(self, ids, None, asked, options), compiled)
+        given = {"attention_mask": torch.ones_like(ids), **given, "input_ids": ids}
+        run = _compiled(settle(self, Call.taken(given), given), compiled)
         # Two steps run all there is; nothing of them is kept.
         plan = run.plan._replace(max_new_tokens=min(3, run.plan.max_new_tokens))
         _found(run._replace(plan=plan), Notes(), None)

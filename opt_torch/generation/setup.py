@@ -13,10 +13,11 @@ from torch import Tensor
 from opt_core import arguments
 from opt_core.generation import (
     ORDER,
+    Call,
     GenerationConfig,
     Plan,
-    StopTable,
     Strategy,
+    check_goes_on,
     given,
     plan,
     uniforms,
@@ -32,20 +33,6 @@ from opt_torch.weights import agreed
 Rule = Callable[[Tensor, Seen], Tensor]
 #: A compiled pass: model, ids, positions, mask and cache -> hidden states, and the cache.
 FixedPass = Callable[..., tuple[Tensor, Cache]]
-
-
-class Asked(NamedTuple):
-    """The arguments of a call, besides the prompt and the options."""
-
-    attention_mask: Tensor | None = None
-    past_key_values: Any = None
-    logits_processor: Sequence[Any] = ()
-    stopping_criteria: Sequence[Any] = ()
-    prefix_allowed_tokens_fn: Callable[[int, Tensor], Any] | None = None
-    assistant_model: Any = None
-    negative_prompt_ids: Tensor | None = None
-    negative_prompt_attention_mask: Tensor | None = None
-    tokenizer: Any = None
 
 
 class Stops(NamedTuple):
@@ -81,33 +68,27 @@ class Run(NamedTuple):
     assistant: Any = None
 
 
-def settle(
-    model: Any,
-    input_ids: Tensor | None,
-    generation: GenerationConfig | None,
-    asked: Asked,
-    options: Mapping[str, Any],
-) -> Run:
+def settle(model: Any, call: Call, options: Mapping[str, Any]) -> Run:
     """All of a call at once.
 
     Raises:
         ValueError: a bad option, prompt or argument, or no room for the tokens asked for.
     """
-    arguments.check_functions("logits_processor", asked.logits_processor)
-    arguments.check_functions("stopping_criteria", asked.stopping_criteria)
-    merged = _merged(model, generation, options)
-    strategy = _strategy(model, merged, asked)
+    V = model.config.vocab_size
+    merged = call.settled(model.generation_config, options)
+    strategy = _strategy(call, merged, V)
     still = evaluating(model)
     copies = merged.num_return_sequences if merged.num_beams == 1 else 1
-    ids = _ids(input_ids, merged, model)
-    shown = _shown(ids, asked.attention_mask, merged.padding_id)
-    past = _past(model, ids, shown, merged, asked.past_key_values)
-    start = _prompt(ids, shown, merged, asked, model.config.vocab_size)
+    ids = _ids(call.input_ids, merged, model)
+    shown = _shown(ids, call.attention_mask, merged.padding_id)
+    past = _past(model, ids, shown, merged, call.past_key_values)
+    start = _prompt(ids, shown, merged, call, V)
     virtual = _virtual(still, ids, shown)
     if virtual is not None:
         _check_virtual(merged, past)
         past, start = virtual, start.behind(virtual.get_seq_length())
-    planned = _plan(merged, model.config, start, ids.shape[1], strategy)
+    drafts = call.drafts(merged) if strategy is Strategy.ASSISTED else 0
+    planned = _plan(merged, model.config, start, ids.shape[1], drafts)
     start = start.repeated(copies)
     return Run(
         still,
@@ -115,46 +96,26 @@ def settle(
         strategy,
         planned,
         start,
-        _rules(merged, planned, start, asked, model.config.vocab_size),
+        _rules(merged, planned, start, call, V),
         _uniforms(merged, planned, start, model),
-        _stops(merged, start, asked, model.config.vocab_size),
+        _stops(merged, start, call, V),
         past if past is None or copies == 1 else _repeated_cache(past, copies),
         packed(model, planned.max_new_tokens) if merged.use_cache else None,
-        assistant=asked.assistant_model,
+        assistant=call.assistant_model,
     )
 
 
-def _merged(
-    model: Any, generation: GenerationConfig | None, options: Mapping[str, Any]
-) -> GenerationConfig:
-    generation = model.generation_config if generation is None else generation
-    arguments.check_generation_config(generation)
-    return generation.merged(**options)
-
-
-def _strategy(model: Any, merged: GenerationConfig, asked: Asked) -> Strategy:
+def _strategy(call: Call, merged: GenerationConfig, vocab_size: int) -> Strategy:
     """How tokens are chosen; nobody drafts where functions may look at several rows together.
 
     Raises:
         ValueError: an assistant cannot draft for it.
     """
-    strategy = merged.strategy
-    if asked.assistant_model is not None:
-        _check_assistant(model, merged, asked)
-        strategy = Strategy.ASSISTED
-    functions = (asked.logits_processor, asked.stopping_criteria, asked.prefix_allowed_tokens_fn)
+    strategy = call.strategy(merged, vocab_size)
+    functions = (call.logits_processor, call.stopping_criteria, call.prefix_allowed_tokens_fn)
     if strategy is Strategy.ASSISTED and any(functions):
         return Strategy.SAMPLING if merged.do_sample else Strategy.GREEDY
     return strategy
-
-
-def _check_assistant(model: Any, merged: GenerationConfig, asked: Asked) -> None:
-    vocab_size = asked.assistant_model.config.vocab_size
-    arguments.check_assistant(merged.strategy.value, model.config.vocab_size, vocab_size)
-    if not merged.use_cache:
-        raise arguments.assistant_needs("use_cache", "True")
-    if merged.is_guided:
-        raise arguments.assistant_needs("guidance_scale", "1.0")
 
 
 # The prompt
@@ -187,15 +148,12 @@ def _shown(ids: Tensor, mask: Tensor | None, padding: int | None) -> Tensor:
 
 
 def _prompt(
-    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked, vocab_size: int
+    ids: Tensor, shown: Tensor, merged: GenerationConfig, call: Call, vocab_size: int
 ) -> Prompt:
     """The rows as asked and, under guidance, the rows without their prompt below them."""
-    fed, has_negative = ids, asked.negative_prompt_ids is not None
-    has_mask = asked.negative_prompt_attention_mask is not None
-    if (has_negative and not merged.is_guided) or (has_mask and not has_negative):
-        raise arguments.unused_negative_prompt()
+    fed = ids
     if merged.is_guided:
-        others, are_shown = _without_prompt(ids, shown, merged, asked, vocab_size)
+        others, are_shown = _without_prompt(ids, shown, merged, call, vocab_size)
         width = max(ids.shape[1], others.shape[1])
         fed = torch.cat((_widened(ids, width), _widened(others, width)))
         shown = torch.cat((_widened(shown, width), _widened(are_shown, width)))
@@ -207,10 +165,10 @@ def _prompt(
 
 
 def _without_prompt(
-    ids: Tensor, shown: Tensor, merged: GenerationConfig, asked: Asked, vocab_size: int
+    ids: Tensor, shown: Tensor, merged: GenerationConfig, call: Call, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """What the rows without their prompt begin with: `[B, Q]` ids and which of them are real."""
-    given_ids, mask = asked.negative_prompt_ids, asked.negative_prompt_attention_mask
+    given_ids, mask = call.negative_prompt_ids, call.negative_prompt_attention_mask
     if given_ids is None:
         # The last real token, or any where there is none: then the plan refuses the row.
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -226,13 +184,10 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 
 def _plan(
-    merged: GenerationConfig, config: Any, start: Prompt, given_width: int, strategy: Strategy
+    merged: GenerationConfig, config: Any, start: Prompt, given_width: int, drafts: int
 ) -> Plan:
     R, P = start.fed.shape
     lengths = [P] * R if start.shown is None else start.shown.sum(1).tolist()
-    drafts = 0
-    if strategy is Strategy.ASSISTED:
-        drafts = merged.prompt_lookup_num_tokens or merged.num_assistant_tokens
     planned = plan(merged, config, prompt_length=given_width, row_lengths=lengths, drafts=drafts)
     if given_width == P:
         return planned
@@ -251,13 +206,7 @@ def _past(
         return None
     held = past.get_seq_length()
     arguments.check_past(held, len(past[0][0]), tuple(ids.shape))
-    for option, clashes in (
-        ("use_cache=False", not merged.use_cache),
-        ("guidance_scale", merged.is_guided),
-        ("penalty_alpha", bool(merged.penalty_alpha)),
-    ):
-        if clashes:
-            raise arguments.past_without(option)
+    check_goes_on(merged)
     left = shown[:, held:].any(1)
     if not bool(left.all()):
         raise arguments.past_holds_row(int(left.long().argmin()))
@@ -310,14 +259,14 @@ def _repeated_cache(past: Cache, copies: int) -> Cache | None:
 
 
 def _rules(
-    merged: GenerationConfig, planned: Plan, start: Prompt, asked: Asked, vocab_size: int
+    merged: GenerationConfig, planned: Plan, start: Prompt, call: Call, vocab_size: int
 ) -> dict[str, Rule]:
     """The active rules, in the order in which scores pass through them."""
-    known = vocab_size if asked.tokenizer is None else min(len(asked.tokenizer), vocab_size)
+    known = call.known_tokens(vocab_size)
     takes = given(merged, planned, vocab_size=vocab_size, known=known)
     of_caller = {
-        "prefix_allowed_tokens_fn": asked.prefix_allowed_tokens_fn,
-        "logits_processor": asked.logits_processor,
+        "prefix_allowed_tokens_fn": call.prefix_allowed_tokens_fn,
+        "logits_processor": call.logits_processor,
     }
     result: dict[str, Rule] = {}
     for name in ORDER:
@@ -343,30 +292,20 @@ def _arrays(values: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
 def _uniforms(merged: GenerationConfig, planned: Plan, start: Prompt, model: Any) -> Tensor | None:
     if not merged.do_sample:
         return None
-    draws = candidates(merged) if merged.num_beams > 1 else 1
+    draws = merged.candidates if merged.num_beams > 1 else 1
     numbers = uniforms(merged.seed, len(start.given), planned.max_new_tokens, draws)
     on_device = torch.from_numpy(numbers).to(start.given.device)
     return agreed(on_device, next(model.parameters()))
 
 
-def candidates(merged: GenerationConfig) -> int:
-    """How many of its (beam, token) pairs a group of beams looks at in a step."""
-    return max(2, 1 + len(merged.stops)) * (merged.num_beams // merged.num_beam_groups)
-
-
-def _stops(merged: GenerationConfig, start: Prompt, asked: Asked, vocab_size: int) -> Stops:
+def _stops(merged: GenerationConfig, start: Prompt, call: Call, vocab_size: int) -> Stops:
     device = start.given.device
     tokens = torch.zeros(vocab_size, dtype=torch.bool, device=device)
     tokens[list(merged.stops)] = True
     begun = torch.zeros(len(start.text), dtype=torch.long, device=device)
-    strings = merged.stop_strings
-    if strings is None:
-        return Stops(tokens, None, begun, asked.stopping_criteria)
-    if asked.tokenizer is None:
-        raise arguments.missing_tokenizer()
-    strings = [strings] if isinstance(strings, str) else strings
-    table = StopTable.of(strings, asked.tokenizer, vocab_size)
+    criteria, table = call.stopping_criteria or (), call.stop_table(merged, vocab_size)
+    if table is None:
+        return Stops(tokens, None, begun, criteria)
     rows = ([i for i in row if i >= 0] for row in start.text.tolist())
     begun = torch.tensor([table.start(row) for row in rows], device=device)
-    after = torch.from_numpy(table.after).to(device)
-    return Stops(tokens, after, begun, asked.stopping_criteria)
+    return Stops(tokens, torch.from_numpy(table.after).to(device), begun, criteria)

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from opt_core.generation import GenerationConfig, Plan
+from opt_core.generation import Call, GenerationConfig, Plan
 from opt_core.generation import given as all_given
 from opt_core.reference import cuts as reference
 from opt_core.weights import Head
@@ -99,7 +99,7 @@ def test_the_state_is_given_to_the_loop_and_used_up(subject: Subject) -> None:
 
 def started(subject: Subject, ids: Any, **options: Any) -> tuple[Any, ...]:
     asked = {"max_new_tokens": 6, "eos_token_id": None, **options}
-    run = setup.settled(subject.model, setup.Call(ids), asked)
+    run = setup.settled(subject.model, Call(ids), asked)
     state, _ = mixin._start(run.program, run.params, run.begun, run.asked)
     return run.program, run.params, state, run.asked
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from opt_core.generation import Call
 from opt_core.weights import Head
 from opt_tf.generation import beams, contrastive, decoding, mixin
 from opt_tf.generation.setup import settle
@@ -167,7 +168,7 @@ def test_infinite_scores_of_what_weighs_probabilities_are_named(wing: Wing, name
     weights["model.decoder.final_layer_norm.bias"][:] = 50
     weights["model.decoder.embed_tokens.weight"][39] = 3e38
     model = wing.build(Head.CAUSAL_LM, config, weights)
-    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, beside which"):
         wing.generate_lightly(model, words(2, 4, vocab_size=39), max_new_tokens=2, **options)
 
 
@@ -204,7 +205,7 @@ def test_a_function_that_can_be_traced_is_a_part_of_the_program(wing: Wing) -> N
 def test_the_loop_copies_no_cache(wing: Wing, name: str) -> None:
     """The keys and values that come in are copied once; after that they are written in place."""
     model = Subject(wing).model
-    setup = settle(model, mixin.Given(IDS), None, {"max_new_tokens": 9, **VALUES[name][0]})
+    setup = settle(model, Call(IDS), {"max_new_tokens": 9, **VALUES[name][0]}, compiled=True)
     run = mixin._RUNS[setup.strategy](setup)
     carried = run.until(run.begun(), 9)
     loop = {"greedy": decoding, "beams": beams, "contrastive": contrastive}[name].loop

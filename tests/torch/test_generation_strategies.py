@@ -270,7 +270,7 @@ def test_no_cut_hides_a_score_of_inf(subject: Subject, cut: dict[str, Any], beam
         scores[:, 7] = torch.inf
         return scores
 
-    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, so that there is"):
+    with pytest.raises(ValueError, match=r"a score is \+inf after 4 tokens, beside which"):
         subject.generate(
             words(2, 4),
             do_sample=True,

@@ -16,6 +16,8 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+# Where each example compiles programs of its own, most of the time goes there.
+settings.register_profile("compiled", parent=settings.get_profile("ci"), max_examples=8)
 settings.register_profile("deep", parent=settings.get_profile("ci"), max_examples=200)
 settings.load_profile("ci")
 
@@ -32,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if chosen_wing(config) in ("tf", "flax") and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("compiled")
     config.addinivalue_line("markers", "wing: needs the wing that --wing chose (set by itself)")
 
 
@@ -67,6 +71,27 @@ def wing(pytestconfig: pytest.Config) -> Wing:
     if not is_installed(name):
         pytest.fail(f"--wing {name} needs {FRAMEWORKS[name]}, which is not installed")
     return open_wing(name)
+
+
+#: What runs what JAX's compiler makes of a model by default; elsewhere it makes less of it, sooner.
+COMPILED_AS_BY_USERS = (
+    "test_generate",
+    "test_generate_strategies",
+    "test_parity",
+    "test_reference_checkpoints",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_soon(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = request.node.path.stem
+    if chosen_wing(request.config) != "flax" or name in COMPILED_AS_BY_USERS:
+        yield
+        return
+    from tests.wings.flax_wing import quick_to_compile
+
+    with quick_to_compile():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,19 +9,6 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _quick_to_compile() -> Iterator[None]:
-    """Tiny programs run at once and take seconds to optimise: here they are not.
-
-    The tests that all wings share run what the compiler makes of a model by default.
-    """
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-
-
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 

@@ -412,17 +412,3 @@ def test_what_hides_behind_padding_does_not_reach_the_cache(subject: Subject) ->
 def test_only_a_language_model_generates(wing: Wing) -> None:
     for head in (Head.NONE, Head.SEQUENCE_CLASSIFICATION, Head.QUESTION_ANSWERING):
         assert not hasattr(wing.fresh(head, tiny()), "generate")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"penalty_alpha": 0.4, "top_k": 3}, {"guidance_scale": 2.0}, {"use_cache": False}],
-    ids=["contrastive", "guidance", "without a cache"],
-)
-def test_a_cache_is_refused_where_the_whole_text_is_needed(
-    subject: Subject, wing: Wing, options: dict[str, Any]
-) -> None:
-    past = subject.model(IDS, use_cache=True).past_key_values
-    message = f"past_key_values do not go with {next(iter(options))}, which needs the whole text"
-    with pytest.raises(ValueError, match=message):
-        wing.generate_lightly(subject.model, words(2, 6), past_key_values=past, **options)

@@ -7,18 +7,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-torch test-tf test-flax test-deep lint format bench docs clean
+.PHONY: demo test test-core test-torch test-tf test-flax test-deep lint format bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/optlm demo
 
-# A process for each framework, two at a time: compiling takes one core. The first also runs what
-# needs no framework, and what needs all three.
+# A process for each framework and one for what belongs to none, two at a time: compiling takes one
+# core. The longest begin.
 test: lint
-	@$(MAKE) --no-print-directory --jobs 2 test-torch test-tf test-flax
+	@$(MAKE) --no-print-directory --jobs 2 test-tf test-flax test-torch test-core
+
+test-core: $(VENV)/.dev
+	$(BIN)/python -m pytest --wing torch -m 'not wing and not deep'
 
 test-torch: $(VENV)/.dev
-	$(BIN)/python -m pytest --wing torch
+	$(BIN)/python -m pytest --wing torch -m 'wing and not deep'
 
 test-tf: $(VENV)/.dev
 	$(BIN)/python -m pytest --wing tf -m 'wing and not deep'

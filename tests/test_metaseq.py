@@ -439,6 +439,10 @@ def settings(**changes: Any) -> dict[str, Any]:
 class Choices(enum.Enum):
     gelu = "gelu"
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """As Python pickled members when such files were written; 3.11.0 to 3.11.3 do otherwise."""
+        return type(self), (self.value,)
+
 
 def omegaconf(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Classes that are pickled as OmegaConf's are."""

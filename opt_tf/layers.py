@@ -94,7 +94,12 @@ class TiedHead(keras.layers.Layer):
 
     def call(self, hidden: Tensor, table: Any) -> Tensor:
         """`[..., E]` and the table `[V, E]` -> `[..., V]`."""
-        return tf.tensordot(hidden, tf.cast(table, hidden.dtype), [[-1], [1]])
+        table = tf.cast(table, hidden.dtype)
+        rows = tf.reshape(hidden, (-1, hidden.shape[-1]))
+        # Not a tensordot, which turns the table round: at one row XLA then computes the norm before
+        # it anew for each score.
+        scores = tf.matmul(rows, table, transpose_b=True)
+        return tf.reshape(scores, tf.concat((tf.shape(hidden)[:-1], table.shape[:1]), axis=0))
 
 
 def linear(units: int, bias: bool, dtype: Any, name: str) -> keras.layers.Dense:

@@ -74,12 +74,7 @@ def wing(pytestconfig: pytest.Config) -> Wing:
 
 
 #: What runs what JAX's compiler makes of a model by default; elsewhere it makes less of it, sooner.
-COMPILED_AS_BY_USERS = (
-    "test_generate",
-    "test_generate_strategies",
-    "test_parity",
-    "test_reference_checkpoints",
-)
+COMPILED_AS_BY_USERS = ("test_generate_strategies", "test_parity")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -440,7 +440,7 @@ class Choices(enum.Enum):
     gelu = "gelu"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As Python pickled members when such files were written; 3.11.0 to 3.11.3 do otherwise."""
+        """By its value, as most versions of Python do; 3.11.2 writes a call of getattr."""
         return type(self), (self.value,)
 
 

@@ -53,7 +53,7 @@ def score(run: Run, lines: Sequence[Line], *, as_logs: bool = False) -> Scored:
     `scale * (with - without) + without` they sum to something else than 1, and stay so for beams.
 
     Raises:
-        ValueError: a score is NaN, or +inf where tokens are drawn; a function gives what it must
+        ValueError: a score is NaN, or +inf but for greedy choice; a function gives what it must
             not.
     """
     logits = np.stack([run.logits(line.row, line.new) for line in lines])  # [R, V]

@@ -131,7 +131,7 @@ def settle(model: Any, call: Call, options: Mapping[str, Any], *, compiled: bool
         )
     config = model.config
     asked = call.settled(model.generation_config, options)
-    call.strategy(asked, config.vocab_size)
+    call.strategy(asked, config.vocab_size)  # raises where the assistant cannot draft
     prompt = _prompt(call.input_ids, asked, config.vocab_size)
     shown = _shown(prompt, call.attention_mask, asked.padding_id)
     past = _past(call, config, asked, shown)

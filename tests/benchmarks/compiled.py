@@ -239,7 +239,7 @@ class TransformersOnKeras:
         self.generate(self.tf.constant(ids, self.tf.int32), **_exactly(count), **WAYS[way])
 
     def train(self, ids: Ids) -> None:
-        raise LookupError("not written")
+        raise LookupError("the training of transformers 4 is not measured")
 
 
 class TransformersOnJax:
@@ -272,7 +272,7 @@ class TransformersOnJax:
         self.jax.block_until_ready(self.generate[way](self.model.params, ids.astype(np.int32)))
 
     def train(self, ids: Ids) -> None:
-        raise LookupError("not written")
+        raise LookupError("the training of transformers 4 is not measured")
 
 
 def _of_version_4(**versions: str) -> dict[str, Any]:

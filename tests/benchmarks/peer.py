@@ -206,7 +206,7 @@ SYSTEMS: dict[str, Callable[[Path, int], System]] = {
     "keras_hub-jax": lambda folder, n: KerasHub("jax", n),
     "transformers": lambda folder, n: Transformers(folder, n, "float32"),
     "transformers-bf16": lambda folder, n: Transformers(folder, n, "bfloat16"),
-    "transformers-tf": lambda folder, n: TransformersOnKeras(folder, n),
+    "transformers-tf": TransformersOnKeras,
     "transformers-flax": lambda folder, n: TransformersOnJax(folder),
     "ctranslate2": lambda folder, n: CTranslate2(folder, n, "float32"),
     "ctranslate2-int8": lambda folder, n: CTranslate2(folder, n, "int8"),

@@ -77,8 +77,8 @@ class Programs:
                 whole = partial(_run, function, held)
                 fresh = tf.function(whole, jit_compile=compiled, autograph=False)
                 found = self._made.setdefault(key, fresh)
-                while len(self._made) > _MOST_PROGRAMS:
-                    self._made.pop(next(iter(self._made)))
+                for oldest in list(self._made)[:-_MOST_PROGRAMS]:
+                    self._made.pop(oldest, None)  # another thread may have been quicker
             return found(*tensors)
 
         return called

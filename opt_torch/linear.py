@@ -52,7 +52,7 @@ def operators() -> Operators | None:
 
 
 @lru_cache(maxsize=1)
-def _default_is_slow() -> bool:
+def default_is_slow() -> bool:
     """Whether float32 products are faster through oneDNN than by PyTorch's choice: on AMD."""
     info = Path("/proc/cpuinfo")
     return info.exists() and "AuthenticAMD" in info.read_text()
@@ -93,7 +93,7 @@ def is_free() -> bool:
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`: `[..., in]` -> `[..., out]`, by whichever operator is faster here."""
-    if is_free() and _default_is_slow() and suits(module):
+    if is_free() and default_is_slow() and suits(module):
         assert isinstance(module, nn.Linear)
         found = operators()
         if found is not None and type(x) is Tensor and x.dtype == module.weight.dtype:

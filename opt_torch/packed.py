@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opt_torch.attention import Attend
 from opt_torch.decoder import Cache, Decoder, DecoderLayer, SelfAttention, activation
-from opt_torch.linear import is_free, operators, suits
+from opt_torch.linear import default_is_slow, is_free, operators, suits
 
 #: Packing takes about as long as this many tokens gain by it.
 WORTH_PACKING = 32
@@ -27,7 +27,11 @@ _PACKED: WeakKeyDictionary[nn.Module, tuple[_Identity, PackedDecoder]] = WeakKey
 
 
 class Product:
-    """One linear layer, packed; several with the same input become one product."""
+    """One linear layer, packed; several with the same input become one product.
+
+    A product with one row reads each weight once and is bound by that. PyTorch's own reads 15 to
+    20 % faster than a packed one then (measured on two Intel processors), except on AMD.
+    """
 
     def __init__(self, *layers: nn.Linear) -> None:
         found = operators()
@@ -36,15 +40,26 @@ class Product:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.weight = found.pack(whole)
         self.bias = torch.cat(biases) if biases else None
+        self.layers = layers
+        self.plain_row = whole.dtype == torch.float32 and not default_is_slow()
         self._product, self._product_plus = found.product, found.product_plus
 
     def __call__(self, x: Tensor, then: str = "none") -> Tensor:
         """`[N, in]` -> `[N, out]`, with "relu" applied if asked."""
+        if self.plain_row and len(x) == 1:
+            row = self._row(x)
+            return row.relu_() if then == "relu" else row
         return self._product(x, self.weight, self.bias, then, [], "")
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The product and the residual `[N, out]` in one pass."""
+        if self.plain_row and len(x) == 1:
+            return self._row(x).add_(residual)
         return self._product_plus(x, residual, self.weight, self.bias, "add")
+
+    def _row(self, x: Tensor) -> Tensor:
+        rows = [F.linear(x, layer.weight, layer.bias) for layer in self.layers]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 class _Norm(NamedTuple):

@@ -20,6 +20,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "lookup": {"prompt_lookup_num_tokens": 3},
     "beams": {"num_beams": 3},
 }
+SEARCHES: dict[str, dict[str, Any]] = {
+    "drawn beams": {"num_beams": 3, "do_sample": True, "seed": 1},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "forced": {"num_beams": 3, "force_words_ids": [[13]]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def subject(wing: Wing) -> Subject:
 
 
 def _turn(subject: Subject, ids: Any, mask: Any, **options: Any) -> Any:
-    return subject.generate(ids, mask, return_dict_in_generate=True, **FREE, **options)
+    return subject.generate(ids, mask, return_dict_in_generate=True, **{**FREE, **options})
 
 
 def _longer(sequences: Any, more: int, seed: int) -> tuple[Any, Any]:
@@ -77,6 +82,37 @@ def test_a_cache_is_refused_where_the_whole_text_is_needed(subject: Subject, opt
     asked = {**FREE, option: values[option]}
     with pytest.raises(ValueError, match=f"past_key_values do not go with {option}"):
         subject.generate(ids, mask, past_key_values=turn.past_key_values, **asked)
+
+
+@pytest.mark.parametrize("first", [*STRATEGIES, *SEARCHES])
+def test_a_cache_holds_every_token_of_rows_that_ended_early(subject: Subject, first: str) -> None:
+    options = {**STRATEGIES, **SEARCHES}[first]
+    turn, lengths = _ragged(subject, **options)
+    assert lengths.min() < lengths.max()
+    new = np.arange(lengths.max()) < lengths[:, None]
+    ids, mask = turn.sequences[:, :-1], np.concatenate([BATCH.mask, new], axis=1)[:, :-1]
+    called = subject.wing.call(
+        subject.model, input_ids=ids, attention_mask=mask.astype(np.int64), use_cache=True
+    )
+    shown = mask.astype(bool)[:, None, :, None]
+    pairs = (subject.wing.pairs(x.past_key_values) for x in (turn, called))
+    for found, right in zip(*pairs, strict=True):
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(
+                np.where(shown, one, 0), np.where(shown, other, 0), atol=1e-5
+            )
+
+
+def _ragged(subject: Subject, **options: Any) -> tuple[Any, Any]:
+    """A generation that ends after different numbers of tokens, int [2]."""
+    free = subject.generate(BATCH.ids, BATCH.mask, **FREE, **options)
+    for stop in np.unique(free[:, P:-1]).tolist():
+        turn = _turn(subject, BATCH.ids, BATCH.mask, **{**options, "eos_token_id": stop})
+        is_stop = turn.sequences[:, P:] == stop
+        lengths = np.where(is_stop.any(1), is_stop.argmax(1) + 1, is_stop.shape[1])
+        if lengths.min() < lengths.max():
+            return turn, lengths
+    raise AssertionError("no stop token ends the rows at different places")
 
 
 def test_a_third_turn_and_a_plain_cache_go_on_too(subject: Subject) -> None:

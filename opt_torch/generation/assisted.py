@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from opt_torch.generation.decoding import (
     State,
     advance,
     apply_rules,
+    kept,
     last,
     logits,
     prefill,
@@ -75,7 +77,9 @@ def rows(run: Run, notes: Notes) -> Found:
             filled = [step + [nothing] * (length - P - len(step)) for step in steps]
             mine.extend(torch.cat(step) for step in zip(*filled, strict=True))
     tokens = torch.cat([state.tokens[:, P:length] for state, _ in each])
-    return Found(tokens, _together([state.cache for state, _ in each], length - 1))
+    lengths = torch.tensor([int(state.length) - P for state, _ in each], device=tokens.device)
+    own = partial(_together, [state.cache for state, _ in each], length - 1)
+    return Found(tokens, kept(run, tokens, lengths, own))
 
 
 def _alone(run: Run, row: int) -> Run:
@@ -91,12 +95,11 @@ def _alone(run: Run, row: int) -> Run:
 
 
 def _together(caches: list[Cache], length: int) -> Cache:
-    """One cache for rows of their own lengths; zeros behind the shorter ones."""
+    """One cache for the first columns of all rows."""
     pairs = []
     for layer in zip(*caches, strict=True):
         keys, values = (
-            torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in parts])
-            for parts in zip(*layer, strict=True)
+            torch.cat([x[:, :, :length] for x in parts]) for parts in zip(*layer, strict=True)
         )
         pairs.append((keys, values))
     return cast(Cache, Cache.of(pairs, len(pairs)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from opt_torch.generation.decoding import (
     apply_rules,
     guided,
     hidden_nan,
+    kept,
     last,
     logits,
     prefill,
@@ -223,7 +225,9 @@ def _settle_group(
     length = run.plan.max_new_tokens if longest else count + 1
     done = worst > -torch.inf
     if asked.early_stopping is not True:
-        done = done & (highest / length**asked.length_penalty <= worst)
+        # With groups the best candidate counts even if it has just ended, as in transformers.
+        hope = highest if asked.num_beam_groups == 1 else found.scores[:, :1]
+        done = done & (hope / length**asked.length_penalty <= worst)
     is_dead = highest == -torch.inf
     done = was_done | done | is_dead
     if asked.waits_for_batch:
@@ -387,9 +391,6 @@ def gathered(
     beams = torch.cat((first[..., None], (slots[:, :, P : P + n - 1] - P) % K), dim=2)
     texts = torch.arange(B, device=tokens.device)[:, None, None] * K
     indices = (beams + texts).masked_fill(~is_there, -1).flatten(0, 1)
-    return Found(
-        tokens[:, :, P : P + n].flatten(0, 1),
-        own_cache(run, state.cache, slots[:, :, : P + n - 1], lengths),
-        scores.flatten(),
-        indices,
-    )
+    new = tokens[:, :, P : P + n].flatten(0, 1)
+    own = partial(own_cache, run, state.cache, slots[:, :, : P + n - 1])
+    return Found(new, kept(run, new, lengths.flatten(), own), scores.flatten(), indices)

@@ -121,24 +121,16 @@ def _returned(run: Run, found: Found) -> tuple[Tensor, Tensor]:
     return torch.cat((given.repeat_interleave(copies, 0), new), 1), shown
 
 
-def own_cache(run: Run, cache: Cache, slots: Tensor, lengths: Tensor) -> Cache:
-    """The keys and values of sequences whose columns lie in slots int `[B, r, n]` of a cache.
-
-    Behind the `lengths` `[B, r]` of what is new there are zeros.
-    """
-    if not (run.asked.use_cache and run.asked.return_dict_in_generate):
-        return Cache(0)
+def own_cache(run: Run, cache: Cache, slots: Tensor) -> Cache:
+    """The keys and values of sequences whose columns lie in slots int `[B, r, n]` of a cache."""
     B, _, width = slots.shape
     P = run.plan.prompt_length
     columns = torch.arange(width, device=slots.device)
     slots = torch.where(columns < P, columns, slots)
-    fed = (columns < P + lengths[..., None] - 1)[..., None]  # [B, r, width, 1]
     rows = torch.arange(B, device=slots.device)[:, None, None]
     pairs = []
     for layer in zip(cache.keys, cache.values, strict=True):
         # [B, H, S, D] -> [B, r, width, H, D] -> [B * r, H, width, D]
-        key, value = (
-            cast(Tensor, x).transpose(1, 2)[rows, slots].where(fed[..., None], 0.0) for x in layer
-        )
+        key, value = (cast(Tensor, x).transpose(1, 2)[rows, slots] for x in layer)
         pairs.append((key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1).transpose(1, 2)))
     return cast(Cache, Cache.of(pairs, len(pairs)))

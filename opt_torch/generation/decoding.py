@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from inspect import signature
 from typing import Any, cast
@@ -17,7 +17,7 @@ from opt_torch.decoder import Cache, Decoder, positions_of
 from opt_torch.generation.collecting import Notes
 from opt_torch.generation.cuts import draw, log_probabilities
 from opt_torch.generation.rules import Seen, stopping_criteria
-from opt_torch.generation.setup import FixedPass, Run
+from opt_torch.generation.setup import FixedPass, Run, repeated_cache
 from opt_torch.linear import linear
 
 State = DecodeState[Tensor, Cache]
@@ -251,6 +251,30 @@ def compiled(backend: str) -> FixedPass:
     known = signature(torch.compile).parameters
     more: dict[str, Any] = {"recompile_limit": _PROGRAMS} if "recompile_limit" in known else {}
     return torch.compile(fixed_pass, backend=backend, fullgraph=True, dynamic=False, **more)
+
+
+def kept(run: Run, tokens: Tensor, lengths: Tensor, own: Callable[[], Cache]) -> Cache:
+    """The cache that a record holds for int `[R, n]` new tokens: all columns but the last one.
+
+    `own` gives what was fed on the way. The last token of a row that ended before the others,
+    int `[R]` lengths, was not; then one pass over the sequences gives all.
+    """
+    if not (run.asked.use_cache and run.asked.return_dict_in_generate):
+        return Cache(0)
+    R, n = tokens.shape
+    if bool((lengths == n).all()):
+        return own()
+    prompt, past = run.prompt, run.past
+    rows = slice(len(prompt.given))
+    fed, shown = prompt.fed[rows], prompt.shown
+    shown = torch.ones_like(fed, dtype=torch.bool) if shown is None else shown[rows]
+    is_real = torch.arange(n - 1, device=tokens.device) < lengths[:, None]
+    fed, shown = (x.repeat_interleave(R // len(x), 0) for x in (fed, shown))
+    if past is not None:
+        past = repeated_cache(past, R // len(past[0][0]))
+    room = past or Cache(run.model.config.num_hidden_layers, capacity=fed.shape[1] + n)
+    ids, shown = torch.cat((fed, tokens[:, :-1]), 1), torch.cat((shown, is_real), 1)
+    return whole_pass(run, ids, shown, room)[1]
 
 
 def last(hidden: Tensor, shown: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def settle(model: Any, call: Call, options: Mapping[str, Any]) -> Run:
         _rules(merged, planned, start, call, V),
         _uniforms(merged, planned, start, model),
         _stops(merged, start, call, V),
-        past if past is None or copies == 1 else _repeated_cache(past, copies),
+        past if past is None or copies == 1 else repeated_cache(past, copies),
         packed(model, planned.max_new_tokens) if merged.use_cache else None,
         assistant=call.assistant_model,
     )
@@ -250,9 +250,10 @@ def _check_virtual(merged: GenerationConfig, past: Cache | None) -> None:
             )
 
 
-def _repeated_cache(past: Cache, copies: int) -> Cache | None:
+def repeated_cache(past: Cache, copies: int) -> Cache:
+    """A cache in which every row stands so many times."""
     pairs = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in past]
-    return Cache.of(pairs, len(pairs))
+    return cast(Cache, Cache.of(pairs, len(pairs)))
 
 
 # Rules, draws and stops

@@ -258,15 +258,18 @@ class GenerationConfig:
         """A new configuration in which the given options replace those of this one.
 
         An explicit None counts: `eos_token_id=None` never stops. A given length replaces the other
-        way of saying it: `max_length=9` also drops a `max_new_tokens` of this configuration.
+        way of saying it: `max_length=9` also drops a `max_new_tokens` of this configuration, and
+        likewise for the least length.
 
         Raises:
             ValueError: as the constructor; also for what a file asks for and is not honoured.
         """
         result = copy.deepcopy(self)
-        for one, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
-            if options.get(one) is not None and options.get(other) is None:
-                result.__dict__[other] = None
+        for most in ("max", "min"):
+            pair = (f"{most}_length", f"{most}_new_tokens")
+            for one, other in (pair, pair[::-1]):
+                if options.get(one) is not None and options.get(other) is None:
+                    result.__dict__[other] = None
         for name, value in options.items():
             setattr(result, name, value)
         result.check_honoured()
@@ -274,8 +277,11 @@ class GenerationConfig:
         return result
 
     def _warn_of_idle(self, options: Mapping[str, Any]) -> None:
-        if None not in (options.get("max_length"), options.get("max_new_tokens")):
-            warnings.warn("max_length changes nothing beside max_new_tokens", stacklevel=4)
+        for most in ("max", "min"):
+            if None not in (options.get(f"{most}_length"), options.get(f"{most}_new_tokens")):
+                warnings.warn(
+                    f"{most}_length changes nothing beside {most}_new_tokens", stacklevel=4
+                )
         waits = (
             self.do_sample,
             self.do_sample or bool(self.penalty_alpha),

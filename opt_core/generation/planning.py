@@ -102,7 +102,9 @@ def plan(
             f"but max_position_embeddings is {config.max_position_embeddings}; "
             + (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt")
         )
-    minimum = max(generation.min_new_tokens or 0, (generation.min_length or 0) - prompt_length)
+    minimum = generation.min_new_tokens
+    if minimum is None:
+        minimum = max(0, (generation.min_length or 0) - prompt_length)
     if minimum > count:
         raise ValueError(
             f"min_new_tokens or min_length asks for at least {minimum} new tokens, but {asked}; "

@@ -69,7 +69,11 @@ class Group:
             elif rank < self.size:
                 self._keep(beam)
         self.beams = self._filled(running[: self.size])
-        self.is_done = not running or self._is_settled()
+        # With groups the best candidate counts even if it has just ended, as in transformers.
+        alone = self.run.asked.num_beam_groups == 1
+        self.is_done = not running or self._is_settled(
+            running[0].score if alone else candidates[0][0].score
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -82,16 +86,16 @@ class Group:
         # A stable sort: of equals the older one stays first.
         self.pool = sorted(found, key=lambda one: -one.score)[: self.size]
 
-    def _is_settled(self) -> bool:
-        """Whether the pool is full, and what runs on is not expected to enter it."""
-        asked, best = self.run.asked, self.beams[0]
+    def _is_settled(self, best: float) -> bool:
+        """Whether the pool is full, and a text of this sum is not expected to enter it."""
+        asked = self.run.asked
         if len(self.pool) < self.size:
             return False
         if asked.early_stopping is True:
             return True
         longest = asked.early_stopping == "never" and asked.length_penalty > 0
-        length = self.run.planned.max_new_tokens if longest else len(best.tokens)
-        return bool(best.score / length**asked.length_penalty <= self.pool[-1].score)
+        length = self.run.planned.max_new_tokens if longest else len(self.beams[0].tokens)
+        return bool(best / length**asked.length_penalty <= self.pool[-1].score)
 
     def _filled(self, running: list[Beam]) -> list[Beam]:
         """Beams that do not exist make up the number."""

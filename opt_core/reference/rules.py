@@ -15,6 +15,7 @@ from opt_core.reference.inputs import Floats
 
 #: What `remove_invalid_values` puts in the place of inf: a float64 would not fit the wings.
 LARGEST = float(np.finfo(np.float32).max)
+LOWEST = -LARGEST
 
 #: A word and what is added to the score of its last token.
 Bias = tuple[list[int], float]
@@ -87,7 +88,7 @@ def force_tokens(scores: Floats, tokens: Iterable[int]) -> Floats:
 
 def remove_invalid_values(scores: Floats) -> Floats:
     """Put 0 for NaN and the largest numbers of float32 for inf."""
-    return np.nan_to_num(scores, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+    return np.nan_to_num(scores, nan=0.0, posinf=LARGEST, neginf=LOWEST)
 
 
 def exponential_decay_length_penalty(
@@ -96,8 +97,10 @@ def exponential_decay_length_penalty(
     """Raise the stop tokens ever more, `past` the number of tokens since it began."""
     result = scores.copy()
     for stop in stops:
-        # What may not be chosen stays so; in transformers it becomes NaN.
-        if past > 0 and np.isfinite(scores[stop]) and scores[stop] != 0:
+        # What may not be chosen stays so, also where `remove_invalid_values` has made it the lowest
+        # number; in transformers it becomes NaN, or likely.
+        may_be = LOWEST < scores[stop] < np.inf
+        if past > 0 and may_be and scores[stop] != 0:
             with np.errstate(over="ignore"):  # inf, where Python's power raises an error
                 result[stop] += abs(scores[stop]) * (np.float64(factor) ** past - 1)
     return result

@@ -31,13 +31,15 @@ def top_p(scores: Tensor, _: Seen, mass: float, kept: int) -> Tensor:
     if mass >= 1:
         return scores
     ranked, order = best(scores, _RANKED)
-    whole = scores.logsumexp(1, keepdim=True)
-    rest = 1 - (ranked - whole).exp().sum(1, keepdim=True)
+    # From the best one on: beside huge scores the logarithm of how many there are is lost.
+    top = ranked[:, :1]
+    whole = (scores - top).logsumexp(1, keepdim=True)
+    rest = 1 - (ranked - top - whole).exp().sum(1, keepdim=True)
     if bool((rest > 1 - mass).any()):
         ranked, order = scores.sort(dim=1, descending=True, stable=True)
         rest = torch.zeros_like(rest)
     # The sum of a token and all that are no better runs back.
-    up_to = (ranked - whole).exp().flip(1).cumsum(1).flip(1) + rest
+    up_to = (ranked - top - whole).exp().flip(1).cumsum(1).flip(1) + rest
     dropped = up_to <= 1 - mass
     dropped[:, :kept] = False
     cut = torch.full_like(scores, -torch.inf)

@@ -169,7 +169,7 @@ def exponential_decay_length_penalty(
         return scores
     # A tensor's power is inf where Python's raises an error.
     growth = float(torch.tensor(factor, dtype=torch.float64) ** (seen.length - start)) - 1
-    grows = stops & (scores > -torch.inf) & (scores != 0)
+    grows = stops & (scores > torch.finfo(torch.float32).min) & (scores != 0)
     return torch.where(grows, scores + scores.abs() * growth, scores)
 
 

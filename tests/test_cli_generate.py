@@ -15,7 +15,7 @@ from opt_core import cli
 from opt_core.checkpoint import save
 from opt_core.cli import asking, backends
 from opt_core.config import OPTConfig
-from opt_core.generation import OPTIONS
+from opt_core.generation import OPTIONS, GenerationConfig
 from tests.test_cli import BACKENDS, CONFIG, make, run, weights
 from tests.tiny_tokenizer import VOCABULARY, ids, tiny
 
@@ -92,7 +92,7 @@ def test_text_is_shown_token_by_token(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Slow:
-        config = CONFIG
+        config, generation = CONFIG, GenerationConfig()
 
         def tokens(self, *_: Any) -> Iterator[int]:
             for word in ("Ġhello", "Ġworld"):
@@ -120,16 +120,17 @@ def test_a_prompt_may_come_from_standard_input(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], {"do_sample": False}),
+        ([], {}),
         (["--sample"], {"do_sample": True}),
         (["--seed", "4"], {"do_sample": True, "seed": 4}),
         (["--temperature", "0.5"], {"do_sample": True, "temperature": 0.5}),
-        (["--repetition-penalty", "2"], {"do_sample": False, "repetition_penalty": 2.0}),
-        (["--ignore-eos"], {"do_sample": False, "eos_token_id": None}),
+        (["--no-sample"], {"do_sample": False}),
+        (["--repetition-penalty", "2"], {"repetition_penalty": 2.0}),
+        (["--ignore-eos"], {"eos_token_id": None}),
         (["--typical-p", "0.5"], {"do_sample": True, "typical_p": 0.5}),
         (
             ["--penalty-alpha", "0.5", "--top-k", "4"],
-            {"do_sample": False, "penalty_alpha": 0.5, "top_k": 4},
+            {"penalty_alpha": 0.5, "top_k": 4},
         ),
     ],
 )
@@ -139,7 +140,7 @@ def test_any_option_of_sampling_means_sampling(
     asked: list[dict[str, Any]] = []
 
     class Noting:
-        config = OPTConfig()
+        config, generation = OPTConfig(), GenerationConfig()
 
         def tokens(self, _prompt: Any, _tokenizer: Any, given: dict[str, Any]) -> Iterator[int]:
             asked.append(given)
@@ -150,10 +151,37 @@ def test_any_option_of_sampling_means_sampling(
     assert asked == [{"max_new_tokens": 50, **expected}]
 
 
+def test_the_models_own_options_count_where_no_flag_says_otherwise(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "num_return_sequences": 2}
+    told: dict[tuple[str, ...], dict[str, Any]] = {
+        (): {"num_beams": 3},
+        ("--num-beams", "2", "--max-new-tokens", "2"): {"num_beams": 2, "max_new_tokens": 2},
+        ("--num-beams", "1", "--seed", "4"): {"num_beams": 1, "do_sample": True, "seed": 4},
+    }
+    GenerationConfig(**own, num_beams=3).save_pretrained(checkpoint)
+    for flags, options in told.items():
+        assert run("generate", checkpoint, "--prompt", "a", "--backend", "numpy", *flags) == 0
+        shown = capsys.readouterr().out
+        prompt = np.array([tiny()("a")["input_ids"]])
+        backend = backends.NumpyReference(checkpoint)
+        rows, _ = backend.sequences(prompt, tiny(), {**own, **options})
+        assert len(rows) == 2
+        assert all(tiny().decode(row, skip_special_tokens=True) in shown for row in rows)
+
+
+def test_flags_that_contradict_each_other_are_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", checkpoint, "--prompt", "a", "--ignore-eos", "--eos-token-id", "5") == 1
+    assert "--ignore-eos never stops at a token that --eos-token-id" in capsys.readouterr().err
+
+
 def test_without_a_length_a_long_prompt_gets_what_there_is_room_for(checkpoint: Path) -> None:
     options = cli.parser().parse_args(["generate", str(checkpoint), "--prompt", "a"])
     for room, expected in ((999, 50), (7, 7), (0, 1)):
-        assert asking.asked(options, tiny(), room)["max_new_tokens"] == expected
+        assert asking.asked(options, tiny(), room, GenerationConfig())["max_new_tokens"] == expected
 
 
 #: A value for every option that has a flag of its name.
@@ -174,7 +202,7 @@ def test_every_flag_sets_the_option_of_its_name(flag: asking.Flag) -> None:
     written, expected = _VALUES.get(flag.option, (["3"], 3))
     name = f"--{flag.option.replace('_', '-')}"
     options = cli.parser().parse_args(["generate", "opt", "--prompt", "a", name, *written])
-    assert asking.asked(options, tiny(), 99)[flag.option] == expected
+    assert asking.asked(options, tiny(), 99, GenerationConfig())[flag.option] == expected
 
 
 def test_every_option_can_be_asked_for() -> None:
@@ -191,7 +219,7 @@ def test_texts_become_tokens(checkpoint: Path) -> None:
     given = ["--bad-word", "hello", "--bad-word", "ids:5,6", "--bias", "a==2.5", "--stop", "x"]
     given += ["--force-word", " world|ids:7", "--force-word", "hello", "--stop", "y"]
     options = cli.parser().parse_args(["generate", str(checkpoint), "--prompt", "a", *given])
-    asked = asking.asked(options, tiny(), 99)
+    asked = asking.asked(options, tiny(), 99, GenerationConfig())
     assert asked["bad_words_ids"] == [ids("hello"), [5, 6]]
     assert asked["sequence_bias"] == [(ids("a", "="), 2.5)]
     assert asked["force_words_ids"] == [[ids("Ġworld"), [7]], ids("hello")]
@@ -238,6 +266,7 @@ def test_several_sequences_are_a_table_of_one_line_each(
     class Several(NamedTuple):
         scores: list[float | None]
         config: OPTConfig = CONFIG
+        generation: GenerationConfig = GenerationConfig()
 
         def sequences(self, *_: Any) -> Any:
             return [ids("Ġhello", "Ċ"), ids("Ġworld", "</s>", "<pad>")], self.scores

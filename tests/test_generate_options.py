@@ -335,3 +335,19 @@ def test_a_model_that_overflows_is_named_or_repaired(wing: Wing, strategy: dict[
         wing.generate_lightly(model, ids, **asked)
     found = wing.generate_lightly(model, ids, remove_invalid_values=True, **asked)
     assert found[0, 4] == 39
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("prefix_allowed_tokens_fn", 5, "prefix_allowed_tokens_fn is int; give a function of a"),
+        ("assistant_model", "small", "assistant_model is str; give a model of this framework"),
+        ("streamer", 5, "streamer is int; give a TextStreamer"),
+        ("inputs", 5, "no generation option 'inputs'; did you mean 'input_ids'"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(
+    subject: Subject, argument: str, value: Any, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        subject.generate(words(1, 4), max_new_tokens=2, **{argument: value})

@@ -49,7 +49,9 @@ def test_max_new_tokens_wins_over_max_length() -> None:
 
 
 def test_the_larger_minimum_counts() -> None:
-    assert plan_of(4, min_length=9, min_new_tokens=2).min_new_tokens == 5
+    assert plan_of(4, min_length=9).min_new_tokens == 5
+    assert plan_of(4, min_length=9, min_new_tokens=2).min_new_tokens == 2
+    assert plan_of(4, min_length=9, min_new_tokens=0).min_new_tokens == 0
     assert plan_of(4, min_length=3).min_new_tokens == 0
 
 

@@ -108,7 +108,7 @@ def test_a_criterion_ends_texts_one_by_one_or_all_at_once(as_array: bool) -> Non
         np.testing.assert_array_equal(found, free[:, :6])
 
 
-@pytest.mark.parametrize("words", [{}, {"force_words_ids": [[20]]}])
+@pytest.mark.parametrize("words", [{}, {"force_words_ids": [[21]]}])
 def test_a_criterion_ends_beams(words: dict[str, Any]) -> None:
     call = Call(stopping_criteria=[lambda given, _: given[:, -1] % 5 == 0])
     found = record(call, **BEAMS, **words)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from opt_core.generation import GenerationConfig
     from opt_core.tokenizer import OPTTokenizer
 
 DEFAULT_NEW_TOKENS = 50
@@ -129,7 +130,11 @@ _DRAWS = tuple(flag.option for flag in FLAGS["sampling"])
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of generation, in groups."""
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
-    groups["sampling"].add_argument("--sample", action="store_true", help="draw tokens")
+    groups["sampling"].add_argument(
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens, or take the likeliest whatever the model's own options say",
+    )
     for title, flags in FLAGS.items():
         for flag in flags:
             name = f"--{flag.option.replace('_', '-')}"
@@ -184,19 +189,27 @@ def _add_texts(groups: Mapping[str, Any]) -> None:
     )
 
 
-def asked(options: argparse.Namespace, tokenizer: OPTTokenizer, room: int) -> dict[str, Any]:
-    """The options of `GenerationConfig` that a command line asks for.
+def asked(
+    options: argparse.Namespace, tokenizer: OPTTokenizer, room: int, own: GenerationConfig
+) -> dict[str, Any]:
+    """The options of `GenerationConfig` that a command line asks for, on top of the model's own.
 
     Raises:
-        ValueError: a text has no tokens, or a bias no number.
+        ValueError: a text has no tokens, a bias no number, or two flags contradict each other.
     """
+    if options.ignore_eos and options.eos_token_id is not None:
+        raise ValueError(
+            "--ignore-eos never stops at a token that --eos-token-id names; choose one"
+        )
     names = [flag.option for flags in FLAGS.values() for flag in flags]
     given = {name: getattr(options, name) for name in names}
     result = {name: value for name, value in given.items() if value is not None}
-    if "max_new_tokens" not in result and "max_length" not in result:
+    lengths = (own.max_new_tokens, own.max_length)
+    if not {"max_new_tokens", "max_length"} & result.keys() and lengths == (None, None):
         result["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
     draws = [n for n in _DRAWS if n in result and not (n == "top_k" and "penalty_alpha" in result)]
-    result["do_sample"] = options.sample or bool(draws)
+    if draws or options.sample is not None:
+        result["do_sample"] = options.sample is not False
     if options.ignore_eos:
         result["eos_token_id"] = None
     if options.stop:

@@ -19,8 +19,9 @@ NAME = "generate"
 DESCRIPTION = """\
 continue a text, shown as it comes
 
-Takes the likeliest token each time, unless --sample or an option of sampling is given: then tokens
-are drawn. The same --seed draws the same tokens in every backend. Beams settle at the end, and so
+Options that are not given are the model's own (its generation_config.json), or else the likeliest
+token is taken each time; with --sample or an option of sampling tokens are drawn. The same --seed
+draws the same tokens in every backend. Beams settle at the end, and so
 are shown at the end; several sequences as a table, with their scores.
 The texts of --force-word, --bad-word and --bias are taken as they are written, so that a space
 before a word counts; ids:5,6 names tokens instead.
@@ -61,12 +62,14 @@ def run(options: argparse.Namespace) -> int:
     backend = backends.load(options, sources.locate(options))
     prompt = _ids(text, tokenizer)
     room = backend.config.max_position_embeddings - prompt.shape[1]
-    asked = asking.asked(options, tokenizer, room)
+    own = backend.generation
+    asked = asking.asked(options, tokenizer, room, own)
     if options.assistant is not None:
         asked["assistant_model"] = _assistant(options)
     if options.negative_prompt is not None:
         asked["negative_prompt_ids"] = _ids(options.negative_prompt, tokenizer)
-    if asked.get("num_beams", 1) == 1 and asked.get("num_return_sequences", 1) == 1:
+    whole = {n: getattr(own, n) for n in ("num_beams", "num_return_sequences")} | asked
+    if whole["num_beams"] == whole["num_return_sequences"] == 1:
         _show_as_it_comes(backend, text, prompt, tokenizer, asked)
     else:
         _show_at_the_end(backend, text, prompt, tokenizer, asked)

@@ -39,6 +39,12 @@ class Call(NamedTuple):
         arguments.check_generation_config(self.generation_config)
         arguments.check_functions("logits_processor", self.logits_processor)
         arguments.check_functions("stopping_criteria", self.stopping_criteria)
+        allowed = self.prefix_allowed_tokens_fn
+        if allowed is not None and not callable(allowed):
+            raise ValueError(
+                f"prefix_allowed_tokens_fn is {type(allowed).__name__}; give a function of a row's "
+                "place in the batch and its ids, which returns the ids that may follow"
+            )
         asked = (self.generation_config or own).merged(**options)
         check_negative_prompt(asked, self.negative_prompt_ids, self.negative_prompt_attention_mask)
         return asked
@@ -51,7 +57,13 @@ class Call(NamedTuple):
         """
         if self.assistant_model is None:
             return asked.strategy
-        check_assistant(asked, vocab_size, self.assistant_model.config.vocab_size)
+        drafted = getattr(getattr(self.assistant_model, "config", None), "vocab_size", None)
+        if drafted is None:
+            raise ValueError(
+                f"assistant_model is {type(self.assistant_model).__name__}; give a model of this "
+                "framework for causal language modelling"
+            )
+        check_assistant(asked, vocab_size, drafted)
         return Strategy.ASSISTED
 
     def drafts(self, asked: GenerationConfig) -> int:

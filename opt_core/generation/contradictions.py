@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from opt_core.generation.configuration import GenerationConfig
@@ -65,16 +65,27 @@ def _of_forced_words(asked: GenerationConfig) -> Iterator[str]:
                 f"force_words_ids has alternatives of which one begins another, {words}; the "
                 "longer one could never be reached: leave it out"
             )
-        if _forbidden(asked, words):
+        phrases = words if isinstance(words[0], list) else [words]
+        if all(_holds(phrase, _never(asked)) for phrase in phrases):
             yield f"force_words_ids asks for {words}, which bad_words_ids or suppress_tokens forbid"
+        elif all(_holds(phrase, [[stop] for stop in asked.stops]) for phrase in phrases):
+            yield (
+                f"force_words_ids asks for {words}, which holds a stop token, with which a text "
+                "ends: take it out of eos_token_id"
+            )
 
 
-def _forbidden(asked: GenerationConfig, words: list[Any]) -> bool:
-    """Whether no way to meet a demand is left by what must never come."""
-    phrases = words if isinstance(words[0], list) else [words]
-    alone = {word[0] for word in asked.bad_words_ids or () if len(word) == 1}
-    never = alone.difference(asked.stops).union(asked.suppress_tokens or ())
-    return all(never.intersection(phrase) for phrase in phrases)
+def _never(asked: GenerationConfig) -> list[list[int]]:
+    """The sequences that must never come; a stop token alone may, whatever is said of it."""
+    alone = [[stop] for stop in asked.stops]
+    suppressed = [[token] for token in asked.suppress_tokens or ()]
+    return [*suppressed, *(word for word in asked.bad_words_ids or () if word not in alone)]
+
+
+def _holds(phrase: list[int], sequences: list[list[int]]) -> bool:
+    """Whether one of some sequences stands in a phrase."""
+    places = range(len(phrase))
+    return any(phrase[i : i + len(word)] == word for word in sequences for i in places)
 
 
 def _has_prefix(words: list[list[int]]) -> bool:
@@ -99,6 +110,16 @@ def _of_others(asked: GenerationConfig) -> Iterator[str]:
         yield f"{one_pass} works on the cache: leave use_cache at True"
     if (asked.penalty_alpha or drafted) and asked.is_guided:
         yield f"{one_pass} and guidance_scale; choose one"
+    yield from _of_forced_tokens(asked)
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(asked, name) and not asked.return_dict_in_generate:
             yield f"{name} needs the record: set return_dict_in_generate=True"
+
+
+def _of_forced_tokens(asked: GenerationConfig) -> Iterator[str]:
+    never = [word[0] for word in _never(asked) if len(word) == 1]
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(asked, name)
+        tokens = value if isinstance(value, list) else [value]
+        if value is not None and set(tokens) <= set(never):
+            yield f"{name} is {value}, which bad_words_ids or suppress_tokens forbid"

@@ -77,7 +77,7 @@ def _is_text(value: Any) -> bool:
 
 _FLAG = Rule("True or False", lambda v: isinstance(v, bool))
 _POSITIVE_COUNT = Rule("a whole number of at least 1", lambda v: is_int(v) and 1 <= v <= _MOST)
-_TOKENS = _or_none("a list of token ids", lambda v: _all_in(v, _MOST))
+_TOKENS_OR_NONE_AT_ALL = _or_none("a list of token ids", lambda v: v == [] or _all_in(v, _MOST))
 _CUTOFF = _or_none("a number from 0 to below 1", lambda v: _is_real(v) and 0 <= v < 1)
 _TOKEN = _or_none("a token id", lambda v: _is_in(v, _MOST))
 _TOKEN_OR_TOKENS = _or_none(
@@ -113,8 +113,8 @@ OPTIONS: Mapping[str, tuple[Any, Rule]] = {
             lambda v: isinstance(v, list) and bool(v) and all(map(_is_bias, v)),
         ),
     ),
-    "suppress_tokens": (None, _TOKENS),
-    "begin_suppress_tokens": (None, _TOKENS),
+    "suppress_tokens": (None, _TOKENS_OR_NONE_AT_ALL),
+    "begin_suppress_tokens": (None, _TOKENS_OR_NONE_AT_ALL),
     "forced_bos_token_id": (None, _TOKEN),
     "forced_eos_token_id": (None, _TOKEN_OR_TOKENS),
     "exponential_decay_length_penalty": (
@@ -188,8 +188,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+#: Arguments of transformers' `generate` that are called otherwise here.
+_ELSEWHERE: Mapping[str, str] = {"inputs": "input_ids", "inputs_embeds": "input_ids"}
+
+
 def nearest(name: str) -> str:
     """A question that names the known option most like this one, or nothing."""
+    if name in _ELSEWHERE:
+        return f"; did you mean {_ELSEWHERE[name]!r}?"
     near = difflib.get_close_matches(name, [*OPTIONS, *NEUTRAL], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 

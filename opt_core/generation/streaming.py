@@ -30,11 +30,19 @@ def receiver(
 
     A function gets the framework's own arrays; a `Streamer` what `on_host` makes of them, the
     prompt first.
+
+    Raises:
+        ValueError: it is neither.
     """
     if streamer is None:
         return lambda tokens: None, lambda: None
     if callable(streamer):
         return streamer, lambda: None
+    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(
+            f"streamer is {type(streamer).__name__}; give a TextStreamer, another object with "
+            "put and end, or a function of the tokens of each step"
+        )
     streamer.put(on_host(prompt))
     return lambda tokens: streamer.put(on_host(tokens)), streamer.end
 

@@ -78,8 +78,8 @@ def rows(run: Run, notes: Notes) -> Found:
             mine.extend(torch.cat(step) for step in zip(*filled, strict=True))
     tokens = torch.cat([state.tokens[:, P:length] for state, _ in each])
     lengths = torch.tensor([int(state.length) - P for state, _ in each], device=tokens.device)
-    own = partial(_together, [state.cache for state, _ in each], length - 1)
-    return Found(tokens, kept(run, tokens, lengths, own))
+    fed = partial(_together, [state.cache for state, _ in each], length - 1)
+    return Found(tokens, kept(run, tokens, lengths, fed))
 
 
 def _alone(run: Run, row: int) -> Run:

@@ -121,8 +121,10 @@ def _strategy(call: Call, merged: GenerationConfig, vocab_size: int) -> Strategy
 # The prompt
 
 
-def _ids(input_ids: Tensor | None, merged: GenerationConfig, model: Any) -> Tensor:
+def _ids(input_ids: Any, merged: GenerationConfig, model: Any) -> Tensor:
     if input_ids is not None:
+        if not isinstance(input_ids, Tensor):
+            input_ids = torch.as_tensor(input_ids, device=model.device)
         return _checked(input_ids, model.config.vocab_size)
     if merged.bos_token_id is None:
         raise arguments.missing_prompt()
@@ -136,15 +138,15 @@ def _checked(ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def _shown(ids: Tensor, mask: Tensor | None, padding: int | None) -> Tensor:
+def _shown(ids: Tensor, mask: Any, padding: int | None) -> Tensor:
     """Bool `[B, P]`."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
-    arguments.check_prompt_mask(tuple(mask.shape), tuple(ids.shape))
-    mask = mask.to(ids.device)
-    if bool(((mask != 0) & (mask != 1)).any()):
+    shown: Tensor = torch.as_tensor(mask, device=ids.device)
+    arguments.check_prompt_mask(tuple(shown.shape), tuple(ids.shape))
+    if bool(((shown != 0) & (shown != 1)).any()):
         raise arguments.unknown_mask_values()
-    return mask != 0
+    return shown != 0
 
 
 def _prompt(

@@ -31,6 +31,14 @@ STOPS = [2, 15, 19]
 _BEAMS: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 9, "eos_token_id": STOPS}
 _ALL = _BEAMS | {"num_return_sequences": 4}
 _WORDS = _BEAMS | {"max_new_tokens": 8}
+#: Many stop tokens, so that the best candidate of a step has often just ended.
+_THREES: dict[str, Any] = {
+    "num_beams": 6,
+    "num_beam_groups": 2,
+    "num_return_sequences": 6,
+    "max_new_tokens": 14,
+    "eos_token_id": [*STOPS, 20, 13],
+}
 _GREEDY: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
 
 #: Name, prompts, options.
@@ -90,6 +98,11 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
         "groups: repetitions",
         "batch",
         _ALL | {"num_beam_groups": 2, "diversity_penalty": 1.0, "no_repeat_ngram_size": 2},
+    ),
+    *(
+        (f"groups of three {penalty} {prompt}", prompt, _THREES | {"diversity_penalty": penalty})
+        for prompt in ("one", "short")
+        for penalty in (0.2, 0.3, 0.5)
     ),
     ("a word", "batch", _WORDS | {"force_words_ids": [[20]]}),
     ("a phrase", "batch", _WORDS | {"force_words_ids": [[20, 13, 22]]}),

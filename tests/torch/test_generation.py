@@ -328,3 +328,12 @@ def test_what_functions_write_into_their_tokens_changes_nothing(
         if strategy != "forced words":
             for first, second in zip(seen[::2], seen[1::2], strict=True):
                 assert torch.equal(first, second)
+
+
+def test_a_prompt_and_its_mask_may_be_lists(subject: Subject) -> None:
+    ids, mask = [[1, 7, 12], [4, 9, 3]], [[0, 1, 1], [1, 1, 1]]
+    found = subject.model.generate(ids, attention_mask=mask, max_new_tokens=4)
+    right = subject.model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=4
+    )
+    assert torch.equal(found, right)

@@ -25,36 +25,34 @@ def checkpoint(tmp_path: Path) -> Path:
     return make(tmp_path / "opt")
 
 
+#: Each is compiled anew by two frameworks.
+LINES = (
+    "",
+    "--sample --seed 3",
+    "--num-beams 4 --num-return-sequences 4",
+    "--guidance-scale 1.5 --negative-prompt hello",
+    "--stop ! --bad-word he --bias a=2 --suppress-tokens 5,6",
+)
+MORE_LINES = (
+    "--temperature 0.7 --top-k 9 --top-p 0.9 --min-p 0.01 --seed 5",
+    "--repetition-penalty 1.5",
+    "--ignore-eos --seed 1",
+    "--num-beams 3 --length-penalty 0.5 --early-stopping true",
+    "--num-beams 4 --num-beam-groups 2 --diversity-penalty 1",
+    "--num-beams 3 --force-word ids:7|hello --ignore-eos",
+    "--num-return-sequences 2 --seed 5",
+    "--penalty-alpha 0.5 --top-k 4",
+    "--prompt-lookup 3 --no-repeat-ngram-size 2",
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["--sample", "--seed", "3"],
-        [
-            "--temperature",
-            "0.7",
-            "--top-k",
-            "9",
-            "--top-p",
-            "0.9",
-            "--min-p",
-            "0.01",
-            "--seed",
-            "5",
-        ],
-        ["--repetition-penalty", "1.5"],
-        ["--ignore-eos", "--seed", "1"],
-        ["--num-beams", "3", "--length-penalty", "0.5", "--early-stopping", "true"],
-        ["--num-beams", "4", "--num-beam-groups", "2", "--diversity-penalty", "1"],
-        ["--num-beams", "4", "--num-return-sequences", "4"],
-        ["--num-beams", "3", "--force-word", " a|hello", "--ignore-eos"],
-        ["--num-return-sequences", "2", "--seed", "5"],
-        ["--penalty-alpha", "0.5", "--top-k", "4"],
-        ["--prompt-lookup", "3", "--no-repeat-ngram-size", "2"],
-        ["--guidance-scale", "1.5", "--negative-prompt", "hello"],
-        ["--stop", "!", "--bad-word", "he", "--bias", "a=2", "--suppress-tokens", "5,6"],
+        *map(str.split, LINES),
+        *(pytest.param(line.split(), marks=pytest.mark.deep) for line in MORE_LINES),
     ],
-    ids=lambda options: " ".join(options),
+    ids=" ".join,
 )
 def test_every_backend_continues_a_text_in_the_same_way(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, options: list[str]

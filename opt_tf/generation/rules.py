@@ -214,8 +214,11 @@ def exponential_decay_length_penalty(
     past = text.length - start
     # A score of 0 stays one, however large the power.
     grown = tf.math.multiply_no_nan(factor ** tf.cast(past, scores.dtype) - 1, tf.abs(scores))
-    # What may not be chosen stays so: -inf and inf would be NaN.
-    return tf.where(stops & (past > 0) & tf.math.is_finite(scores), scores + grown, scores)
+    # What may not be chosen stays so: -inf, or its number under `remove_invalid_values`. From inf
+    # would come NaN.
+    lowest = tf.constant(tf.float32.min, scores.dtype)
+    may_grow = (scores > lowest) & tf.math.is_finite(scores)
+    return tf.where(stops & (past > 0) & may_grow, scores + grown, scores)
 
 
 def suppress_tokens(scores: Tensor, text: Text, tokens: Tensor) -> Tensor:

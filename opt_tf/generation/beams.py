@@ -284,7 +284,9 @@ def _pooled(
     # The older come first, and so they are the first of equals.
     pool, kept = best(tf.concat([old, finished], axis=1), k)
     longest = tf.where(counts_on, tf.cast(told.end - told.start, tf.float64), n)
-    hope = tf.reduce_max(going, axis=1) / longest**penalty
+    # As in transformers, what has just ended counts among the candidates that groups are judged by.
+    judged = going if k == state.tokens.shape[1] else values
+    hope = tf.reduce_max(judged, axis=1) / longest**penalty
     is_full = tf.reduce_all(pool > -np.inf, axis=1)
     is_settled = is_full & (is_eager | (hope <= tf.reduce_min(pool, axis=1)))
     return pool, kept, was | is_settled | tf.reduce_all(going == lowest, axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -59,8 +60,8 @@ class Assisted(Run):
         """The rows beside each other."""
         each = carried if isinstance(carried, list) else [carried]
         found = [_Row(_row_of(self.setup, i)).found(one) for i, one in enumerate(each)]
-        n = max(one.tokens.shape[1] for one in found)
-        fill = self.setup.asked.fill
+        lengths = np.array([one.tokens.shape[1] for one in found])
+        n, fill = int(lengths.max()), self.setup.asked.fill
 
         def filled(tokens: Tensor) -> Tensor:
             return tf.pad(tokens, [[0, 0], [0, n - tokens.shape[1]]], constant_values=fill)
@@ -69,6 +70,7 @@ class Assisted(Run):
             tf.concat([filled(one.tokens) for one in found], axis=0),
             lambda: beside([cache for one in found if (cache := one.cache()) is not None]),
             tf.range(len(found)),
+            lengths=lengths,
         )
 
 

@@ -61,10 +61,11 @@ class Beams(Run):
             _show_first_stop(setup, tokens, lengths)
         return Found(
             tf.constant(tokens),
-            lambda: of_beams(state.cache, setup, texts, slots, lengths),
+            lambda: of_beams(state.cache, setup, texts, slots),
             tf.constant(texts, tf.int32),
             tf.constant(scores[texts, places]),
             tf.constant(np.where(is_there, beams, -1)),
+            lengths,
         )
 
 

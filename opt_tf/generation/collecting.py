@@ -49,6 +49,8 @@ class Found(NamedTuple):
     texts: Tensor  # int32 [R]
     scores: Tensor | None = None  # float64 [R]
     beams: Tensor | None = None  # int32 [R, n]
+    #: int [R]: how many tokens each has, where the last one of a shorter one may not be fed yet.
+    lengths: NDArray[Any] | None = None
 
 
 def sequences(setup: Setup, found: Found) -> Tensor:
@@ -76,7 +78,7 @@ def record(setup: Setup, found: Found, seen: list[tuple[Tensor, ...]]) -> Genera
         beam_indices=found.beams,
         attentions=_cut(setup, passed.get("attentions"), whole, of_keys=True),
         hidden_states=_cut(setup, passed.get("hidden_states"), whole, of_keys=False),
-        past_key_values=found.cache(),
+        past_key_values=_cache(setup, whole, found),
     )
 
 
@@ -85,19 +87,49 @@ def _passed(setup: Setup, whole: Tensor, texts: Tensor) -> dict[str, Any]:
     asked: GenerationConfig = setup.asked
     if not (asked.output_attentions or asked.output_hidden_states):
         return {}
-    P, columns = setup.prompt.shape[1], whole.shape[1] - 1
-    shown = setup.shown[: len(setup.prompt), setup.widened :]
-    mask = np.ones((whole.shape[0], columns), np.int32)
-    mask[:, :P] = shown[texts.numpy(), :P]
     out = setup.model(
         whole[:, :-1],
-        attention_mask=tf.constant(mask),
+        attention_mask=tf.constant(_mask(setup, whole, texts)),
         use_cache=False,
         output_attentions=asked.output_attentions,
         output_hidden_states=asked.output_hidden_states,
         return_dict=True,
     )
     return dict(out)
+
+
+def _cache(setup: Setup, whole: Tensor, found: Found) -> Cache | None:
+    """Keys and values of the returned sequences, all but their last column.
+
+    A sequence that ended before the others did not feed its last token: a pass feeds all again.
+    """
+    lengths = found.lengths
+    if lengths is None or lengths.min() == lengths.max() or not setup.asked.use_cache:
+        return found.cache()
+    mask, P = _mask(setup, whole, found.texts), setup.prompt.shape[1]
+    mask[:, P:] = np.arange(mask.shape[1] - P) < lengths[:, None]
+    past = setup.past
+    if past is not None:
+        past = past.mapped(lambda room: tf.gather(room, found.texts))
+    out = setup.model.model(
+        whole[:, setup.held : -1],
+        attention_mask=tf.constant(mask),
+        past_key_values=past,
+        use_cache=True,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    )
+    cache: Cache = out["past_key_values"]
+    return cache
+
+
+def _mask(setup: Setup, whole: Tensor, texts: Tensor) -> NDArray[np.int32]:
+    """Which columns of the returned sequences count, all but the last: int32 `[R, P + n - 1]`."""
+    shown = setup.shown[: len(setup.prompt), setup.widened :]
+    mask = np.ones((whole.shape[0], whole.shape[1] - 1), np.int32)
+    mask[:, : shown.shape[1]] = shown[texts.numpy()]
+    return mask
 
 
 def _cut(setup: Setup, layers: Any, whole: Tensor, *, of_keys: bool) -> Any:
@@ -154,38 +186,23 @@ def kept(cache: Cache, setup: Setup, length: int) -> Cache | None:
     return parted(cache, len(setup.ids)).mapped(lambda room: room[:B, :, first:length])
 
 
-def of_beams(
-    cache: Cache,
-    setup: Setup,
-    texts: NDArray[Any],
-    slots: NDArray[Any],
-    lengths: NDArray[Any],
-) -> Cache | None:
-    """The cache of the returned sequences, but for their last column: `[R, H, P + n - 1, D]`.
-
-    What follows the end of a shorter sequence was never fed; it is zero.
-    """
+def of_beams(cache: Cache, setup: Setup, texts: NDArray[Any], slots: NDArray[Any]) -> Cache | None:
+    """The cache of sequences of one length, but for their last column: `[R, H, P + n - 1, D]`."""
     if not cache.keys:
         return None
-    R = len(texts)
     prompt = np.arange(setup.widened, setup.plan.prompt_length)
-    places = np.concatenate([np.tile(prompt, (R, 1)), slots[:, :-1]], axis=1)
-    was_fed = np.arange(slots.shape[1] - 1) < lengths[:, None] - 1
-    was_fed = np.concatenate([np.ones((R, len(prompt)), np.bool_), was_fed], axis=1)
+    places = np.concatenate([np.tile(prompt, (len(texts), 1)), slots[:, :-1]], axis=1)
 
     def gathered(room: Tensor) -> Tensor:
         by_slot = tf.transpose(tf.gather(room, texts), (0, 2, 1, 3))  # [R, S, H, D]
         found = tf.gather(by_slot, places, batch_dims=1)  # [R, P + n - 1, H, D]
-        found = tf.where(was_fed[..., None, None], found, tf.zeros_like(found))
         return tf.transpose(found, (0, 2, 1, 3))
 
     return parted(cache, len(setup.ids)).mapped(gathered)
 
 
 def beside(caches: list[Cache]) -> Cache:
-    """The caches of several rows in one; what a shorter one lacks is zero."""
-    longest = max(cache.get_seq_length() for cache in caches)
-    same = [cache.fixed(longest) for cache in caches]
-    keys = zip(*(cache.keys for cache in same), strict=True)
-    values = zip(*(cache.values for cache in same), strict=True)
+    """The caches of several rows of one length in one."""
+    keys = zip(*(cache.keys for cache in caches), strict=True)
+    values = zip(*(cache.values for cache in caches), strict=True)
     return Cache(*(tuple(tf.concat(rows, axis=0) for rows in rooms) for rooms in (keys, values)))

@@ -82,10 +82,11 @@ class Constrained(Run):
         beams = np.where(path >= 0, path + (texts * K)[:, None], -1)
         return Found(
             tf.constant(tokens),
-            lambda: of_beams(carried.state.cache, setup, texts, slots, lengths),
+            lambda: of_beams(carried.state.cache, setup, texts, slots),
             tf.constant(texts, tf.int32),
             tf.constant([one.score for one in found], tf.float64),
             tf.constant(beams, tf.int32),
+            lengths,
         )
 
     def _is_asked(self, carried: Carried, end: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,29 +15,6 @@ from opt_tf.generation.cuts import chosen_of
 from opt_tf.generation.decoding import Net, Plain, Programs, Run, State, select
 from opt_tf.generation.rules import ruled, text_of
 from opt_tf.generation.setup import Made, Setup, Told
-
-
-class Drafting(NamedTuple):
-    """What a round takes and gives: one text."""
-
-    plain: State
-    #: The assistant's: of the columns that it was fed, the drafts among them; none for a lookup.
-    other: Cache
-
-    @property
-    def tokens(self) -> Tensor:
-        """The tokens `[1, W]`."""
-        return self.plain.tokens
-
-    @property
-    def length(self) -> Tensor:
-        """How many columns are settled."""
-        return self.plain.length
-
-    @property
-    def finished(self) -> Tensor:
-        """Whether the text is finished: bool `[1]`."""
-        return self.plain.finished
 
 
 class Assisted(Run):
@@ -92,7 +69,7 @@ def _row_of(setup: Setup, index: int) -> Setup:
 
 
 class _Row(Plain):
-    """One text."""
+    """One text. Besides, a cache is carried: what the assistant was fed; none for a lookup."""
 
     def first(self) -> Carried:
         """Both models are fed the prompt, and the first token is chosen."""
@@ -101,7 +78,7 @@ class _Row(Plain):
         if assistant is not None:
             alone = self.setup._replace(model=assistant, past=None, held=0)
             other = Run(alone).fed().cache
-        return carried._replace(state=Drafting(carried.state, other))
+        return carried._replace(besides=other)
 
     def go_on(self, carried: Carried, end: Tensor) -> Carried:
         """Draft and settle until `end` columns are settled."""
@@ -114,10 +91,6 @@ class _Row(Plain):
         while int(carried.state.length) < int(self.told.end) and not self.is_done(carried.state):
             carried = self._sound(self._rounds(carried, chunk, self.told.end))
             yield carried
-
-    def found(self, carried: Carried) -> Found:
-        """The row as it is."""
-        return super().found(carried._replace(state=carried.state.plain))
 
     def _rounds(self, carried: Carried, count: int, end: Tensor) -> Carried:
         assistant = self.setup.assistant
@@ -139,18 +112,18 @@ def loop(
     """Draft and settle until `end` columns are settled, or so many rounds are over."""
 
     def is_asked(carried: Carried, count: Tensor) -> Tensor:
-        state = carried.state.plain
+        state = carried.state
         goes_on = (state.length < end) & ~tf.reduce_all(state.finished)
         return goes_on & carried.is_sound & (count < rounds)
 
     def one_more(carried: Carried, count: Tensor) -> tuple[Carried, Tensor]:
-        state, other = carried.state
+        state, other = carried.state, carried.besides
         if drafter is None:
             drafts = looked_up(state.tokens, state.length, made)
         else:
             drafts, other = drafted(drafter, state, other, told, made)
         settled = verified(net, state, drafts, carried.fault, told, made, end)
-        return settled._replace(state=Drafting(settled.state, other)), count + 1
+        return settled._replace(besides=other), count + 1
 
     carried, _ = tf.while_loop(is_asked, one_more, (carried, tf.constant(0)))
     return carried

@@ -24,6 +24,8 @@ class Carried(NamedTuple):
     fault: Tensor  # int32 [B]: see `cuts`
     #: Where they are collected: the scores of the last step as the model gave them, and ruled.
     seen: tuple[Tensor, ...] = ()
+    #: What a strategy needs besides its state.
+    besides: Any = ()
 
     @property
     def is_sound(self) -> Tensor:
@@ -43,7 +45,7 @@ class Found(NamedTuple):
     """What a strategy found: R returned sequences, n the most new tokens of one."""
 
     tokens: Tensor  # int32 [R, n]
-    #: Made when it is asked for.
+    #: Made when it is asked for; of no use where `lengths` differ.
     cache: Callable[[], Cache | None]
     #: Which text each sequence belongs to.
     texts: Tensor  # int32 [R]

@@ -17,35 +17,13 @@ from opt_tf.generation.rules import guided, ruled, text_of
 from opt_tf.generation.setup import Made, Told
 
 
-class Search(NamedTuple):
-    """What a step takes and gives."""
+class Known(NamedTuple):
+    """What a step needs besides the state; in it the newest token was fed as a candidate."""
 
-    #: As elsewhere, but that the newest token was fed when it was a candidate.
-    plain: State
     #: [B, E]: the last hidden state of the newest token.
     hidden: Tensor
     #: float32 [B, W, E]: those of all columns so far, of length 1.
     context: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """The tokens `[B, W]`."""
-        return self.plain.tokens
-
-    @property
-    def length(self) -> Tensor:
-        """How many columns are settled."""
-        return self.plain.length
-
-    @property
-    def finished(self) -> Tensor:
-        """Which texts are finished."""
-        return self.plain.finished
-
-    @property
-    def cache(self) -> Cache:
-        """The keys and values of all columns."""
-        return self.plain.cache
 
 
 class Contrastive(Plain):
@@ -56,11 +34,14 @@ class Contrastive(Plain):
         setup, fed = self.setup, self.fed()
         units = _units(fed.states)
         room = [[0, 0], [0, setup.plan.width - units.shape[1]], [0, 0]]
-        state = Search(self.started(fed.cache), fed.last, tf.pad(units, room))
+        known = Known(fed.last, tf.pad(units, room))
         V = setup.model.config.vocab_size
         seen = (tf.zeros((len(setup.prompt), V), fed.last.dtype), tf.zeros((len(setup.prompt), V)))
         carried = Carried(
-            state, tf.fill(len(setup.prompt), SOUND), seen if setup.made.collects else ()
+            self.started(fed.cache),
+            tf.fill(len(setup.prompt), SOUND),
+            seen if setup.made.collects else (),
+            known,
         )
         return self.go_on(carried, self.told.start + 1)
 
@@ -74,20 +55,19 @@ def loop(net: Net, made: Made, carried: Carried, told: Told, end: Tensor) -> Car
     """Choose until `end` columns are settled, every text is finished, or a score is bad."""
 
     def is_asked(carried: Carried) -> Tensor:
-        state = carried.state.plain
+        state = carried.state
         return (state.length < end) & carried.is_sound & ~tf.reduce_all(state.finished)
 
     def one_more(carried: Carried) -> tuple[Carried]:
-        return (step(net, carried.state, told, made),)
+        return (step(net, carried.state, carried.besides, told, made),)
 
     (carried,) = tf.while_loop(is_asked, one_more, (carried,))
     return carried
 
 
-def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
+def step(net: Net, state: State, known: Known, told: Told, made: Made) -> Carried:
     """Feed the likeliest tokens side by side, and keep the one that says something new."""
-    state = search.plain
-    raw = net.scores(search.hidden)  # [B, V]
+    raw = net.scores(known.hidden)  # [B, V]
     text = text_of(state.tokens, state.length, told)
     asked = guided(raw, told)
     changed = tf.cast(ruled(asked, text, told.rules, made.functions), tf.float64)
@@ -101,8 +81,8 @@ def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
     positions = tf.repeat(state.positions[:, None], count, axis=1)
     hidden, cache = net.feed(candidates, positions, mask, state.cache)  # [B, k, E]
     units = _units(hidden)
-    likeness = tf.matmul(units, search.context, transpose_b=True)  # [B, k, W]
-    is_text = state.mask[:, None, : search.context.shape[1]]
+    likeness = tf.matmul(units, known.context, transpose_b=True)  # [B, k, W]
+    is_text = state.mask[:, None, : known.context.shape[1]]
     likeness = tf.reduce_max(tf.where(is_text, likeness, -np.inf), axis=2)
     shares = tf.exp(values - tf.reduce_logsumexp(changed, axis=1, keepdims=True))
     (alpha,) = told.numbers
@@ -113,11 +93,11 @@ def step(net: Net, search: Search, told: Told, made: Made) -> Carried:
         cache=_moved(cache, state.length, count, place), positions=state.positions + 1
     )
     chosen = tf.gather(candidates, place, batch_dims=1)
-    is_new = (tf.range(search.context.shape[1]) == state.length)[:, None]
-    context = tf.where(is_new, tf.gather(units, place, batch_dims=1)[:, None], search.context)
+    is_new = (tf.range(known.context.shape[1]) == state.length)[:, None]
+    context = tf.where(is_new, tf.gather(units, place, batch_dims=1)[:, None], known.context)
     carried = noted(state, chosen, raw, changed, fault, told, made)
     hidden = tf.gather(hidden, place, batch_dims=1)
-    return carried._replace(state=Search(carried.state, hidden, context))
+    return carried._replace(besides=Known(hidden, context))
 
 
 def _units(hidden: Tensor) -> Tensor:

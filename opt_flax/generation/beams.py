@@ -137,8 +137,7 @@ def _fed(program: Program, params: Any, state: State, asked: Asked) -> tuple[Sta
         shown = jnp.where(is_prompt, state.mask[:, :, : program.width], is_chosen)
         logits = whole_pass(program, params, ids, _joined(shown))
         return state, logits.reshape(R, K, -1)
-    start = state.cache.length
-    visible = Visible(start, K, program.capacity, None, state.mask[:, None])
+    visible = Visible(state.cache.length, K, program.capacity, None, state.mask[:, None])
     ids = twice(newest(state), R)  # [R, K]
     hidden, cache = passed(program, params, visible, ids, state.positions, state.cache)
     logits = headed(program, params, hidden)  # [R, K, V]
@@ -174,8 +173,7 @@ def select(program: Program, state: State, logits: Array, asked: Asked) -> tuple
         scores.append(after.reshape(B, k, -1))
     cache, state = state.cache, state._replace(cache=None)  # type: ignore[arg-type]
     state = _joined_groups(program, state, groups, asked)._replace(cache=cache)
-    raw_scores = _joined(logits[:B])
-    return state, Seen(raw_scores, _joined(jnp.concatenate(scores, axis=1)))
+    return state, Seen(_joined(logits[:B]), _joined(jnp.concatenate(scores, axis=1)))
 
 
 @jax.jit
@@ -271,6 +269,9 @@ def _settled(
         parents=taken(found.beams, stay),
     )
     best = jnp.where(exists, high + low, _NOWHERE).max(1)
+    if program.groups > 1:
+        # As in transformers' search in groups: what has just ended counts as well.
+        best = jnp.where(exists.any(1), found.sums[0][:, 0] + found.sums[1][:, 0], _NOWHERE)
     is_done = _is_done(asked, best, pool_scores.min(1), new, done)
     after = jax.tree.map(
         lambda new, old: jnp.where(done.reshape(-1, *(1,) * (new.ndim - 1)), old, new), after, group
@@ -282,7 +283,7 @@ def _settled(
 
 
 def _is_done(asked: Asked, best: Array, worst: Array, new: Array, done: Array) -> Array:
-    """Whether what runs on, at best `best`, can enter a pool whose worst is `worst`: `[B]` each."""
+    """Whether `best`, -inf where nothing runs on, can't enter a pool whose worst is `worst`."""
     assert asked.ranking is not None
     early, penalty = asked.ranking
     longest = jnp.where((early == 2) & (penalty > 0), asked.end - asked.first, new)

@@ -1,6 +1,7 @@
 """Generation in JAX: its programs, what they cost, and how they live in the caller's programs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from opt_core.generation import Call, GenerationConfig, Plan
 from opt_core.generation import given as all_given
 from opt_core.reference import cuts as reference
 from opt_core.weights import Head
-from opt_flax import shard
+from opt_flax import FlaxOPTForCausalLM, shard
 from opt_flax.generation import cuts, mixin, rules, setup
 from tests.cases import SWITCHES, Batch, batches, padded, random_weights, tiny, words
 from tests.subject import MARGIN, STD, Subject
@@ -358,6 +359,21 @@ def test_a_rule_that_nobody_asked_for_is_no_part_of_the_program(subject: Subject
         traced = jax.make_jaxpr(mixin._loop, static_argnums=0)(program, params, state, asked, until)
         sizes.append(str(traced).count("while["))
     assert sizes == [1, 2]
+
+
+def test_what_just_ended_counts_where_a_group_is_judged(shared: Path) -> None:
+    """The tokens are those of transformers 4.53.3; the best beam that runs on gives others."""
+    model = FlaxOPTForCausalLM.from_pretrained(shared / "reference" / "generation" / "model")
+    stops = [2, 25, 171, 184, 156, 24, 297, 167, 212, 113, 102, 127, 91, 221, 292, 67, 222, 53, 260]
+    found = model.generate(
+        np.array([[171, 140, 109, 89, 233, 274, 242, 70]]),
+        num_beams=6,
+        num_beam_groups=2,
+        diversity_penalty=0.3,
+        max_new_tokens=16,
+        eos_token_id=stops,
+    )
+    assert np.asarray(found)[0, 8:].tolist() == [85, 168, 77, 197, 142, 150, *[58] * 10]
 
 
 # Functions of a caller

@@ -22,6 +22,7 @@ from opt_flax.generation.cuts import CUTS
 
 #: float64 holds the exponential of what is smaller.
 _MOST_EXPONENT = 709.0
+_LARGEST = float(np.finfo(np.float32).max)
 
 #: What the active rules take, by their names: see `opt_core.generation.ORDER`.
 Numbers = Mapping[str, tuple[Array, ...]]
@@ -296,8 +297,7 @@ def _ended(scores: Array, text: Text, tokens: Array, column: Array) -> Array:
 
 
 def _valid(scores: Array, text: Text) -> Array:
-    most = float(np.finfo(np.float32).max)
-    return jnp.nan_to_num(scores, nan=0.0, posinf=most, neginf=-most)
+    return jnp.nan_to_num(scores, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
 
 
 def _hastened(scores: Array, text: Text, stops: Array, column: Array, factor: Array) -> Array:
@@ -306,7 +306,9 @@ def _hastened(scores: Array, text: Text, stops: Array, column: Array, factor: Ar
     raised = scores + jnp.where(scores == 0, 0.0, jnp.abs(scores) * jnp.expm1(exponent))
     # In float64, in which the others count, most of what is too large here is not.
     raised = jnp.where(exponent < _MOST_EXPONENT, jnp.clip(raised, -most, most), raised)
-    return jnp.where(stops[None] & (beyond > 0) & jnp.isfinite(scores), raised, scores)
+    # What is forbidden stays so, also where that is a number by now: see `_valid`.
+    is_free = (scores > -_LARGEST) & (scores < jnp.inf)
+    return jnp.where(stops[None] & (beyond > 0) & is_free, raised, scores)
 
 
 def _suppressed(scores: Array, text: Text, tokens: Array) -> Array:

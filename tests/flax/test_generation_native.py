@@ -553,8 +553,25 @@ LARGE = float(np.finfo(np.float32).max)
             [-2, 0, 1, 1],
             [np.inf, 0, 1, 1],
         ),
+        (
+            {
+                "exponential_decay_length_penalty": (0, 10.0),
+                "eos_token_id": [0, 1],
+                "remove_invalid_values": True,
+            },
+            [-np.inf, -2, 1, 1],
+            [-LARGE, LARGE, 1, 1],
+        ),
     ],
-    ids=["temperature", "inf", "inf and typical_p", "log of inf", "fits float64", "fits nothing"],
+    ids=[
+        "temperature",
+        "inf",
+        "inf and typical_p",
+        "log of inf",
+        "fits float64",
+        "fits nothing",
+        "forbidden by a number",
+    ],
 )
 def test_no_rule_makes_inf_of_a_number_or_a_number_of_inf(
     options: Any, scores: Any, right: Any

@@ -66,11 +66,12 @@ def row(run: Run, place: int) -> Run:
     one = slice(place, place + 1)
     begun, asked, texts, past = run.begun, run.asked, run.texts, run.texts.past
     past = None if past is None else past.rows(one)
+    whole = None if begun.whole is None else begun.whole[one]
     drawn = None if asked.uniforms is None else asked.uniforms[one]
     prompt = None if asked.prompt is None else asked.prompt[one]
     return run._replace(
         asked=asked._replace(row=WHOLE(place), uniforms=drawn, prompt=prompt),
-        begun=Begun._make([*(x[one] for x in begun[:4]), past]),
+        begun=Begun._make([*(x[one] for x in begun[:4]), past, whole]),
         texts=Texts(texts.ids[one], texts.shown[one], past, 1),
     )
 
@@ -86,8 +87,7 @@ def start(program: Program, params: Any, begun: Begun, asked: Asked) -> tuple[St
     columns = jnp.arange(program.capacity, dtype=jnp.int32)[None]
     ids = jnp.pad(begun.tokens, ((0, 0), (0, program.capacity - program.width)))
     mask = (ids >= 0) & (columns < asked.first)
-    room = program.assistant.prompt_room
-    own = Begun(jnp.maximum(ids[:, :room], 0), mask, begun.tokens, begun.matched, None)
+    own = Begun(begun.whole, mask, begun.tokens, begun.matched, None)
     drafting, _, _ = prefill(program.assistant, params[1], own, asked)
     return State(state, drafting.cache, mask), seen
 

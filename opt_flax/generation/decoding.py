@@ -35,7 +35,6 @@ class Program:
     strategy: Strategy
     width: int
     capacity: int
-    prompt_room: int
     samples: bool
     keeps_cache: bool
     #: Beams and their groups; the candidates of a group, or of a contrastive step; the drafts of a
@@ -48,10 +47,9 @@ class Program:
     functions: Functions = field(default_factory=Functions)
     assistant: Program | None = None
 
-    def assisted(self, module: Any, parts: tuple[Any, ...], prompt_room: int) -> Program:
-        """The same with drafts of another module, which is fed the whole prompt by itself."""
-        drafting = replace(self, module=module, parts=parts, prompt_room=prompt_room)
-        return replace(self, assistant=drafting)
+    def assisted(self, module: Any, parts: tuple[Any, ...]) -> Program:
+        """The same with drafts of another module."""
+        return replace(self, assistant=replace(self, module=module, parts=parts))
 
 
 class Asked(NamedTuple):
@@ -83,6 +81,7 @@ class Begun(NamedTuple):
     tokens: Any  # int32 [B, W]: see `DecodeState`
     matched: Any  # int32 [B]
     past: Cache | None  # R rows
+    whole: Any = None  # int32 [B, room]: all real tokens and what follows them, for an assistant
 
 
 class Seen(NamedTuple):

@@ -151,8 +151,8 @@ def settled(model: Any, call: Call, options: dict[str, Any], params: Any = None)
     program = _program(model, asked, planned, strategy, drafts)
     program = replace(program, functions=_functions(call, texts.rows, program, config))
     if call.assistant_model is not None:
-        module, room = call.assistant_model.module, prompt_room(planned.prompt_length)
-        program = program.assisted(module, parts_of(module), room)
+        module = call.assistant_model.module
+        program = program.assisted(module, parts_of(module))
         params = (params, call.assistant_model.params)
     table = call.stop_table(asked, config.vocab_size)
     numbers = _asked(asked, planned, config, program, texts, call.known_tokens(config.vocab_size))
@@ -160,6 +160,8 @@ def settled(model: Any, call: Call, options: dict[str, Any], params: Any = None)
         after: Any = table.after
         numbers = numbers._replace(table=after)
     begun = _begun(asked, planned, texts, table)
+    if program.assistant is not None:
+        begun = begun._replace(whole=_whole(begun, planned))
     run = Run(program, params, asked, planned, begun, numbers, texts)
     if run.is_traced and asked.do_sample and asked.seed is None:
         raise ValueError(
@@ -231,7 +233,6 @@ def _program(
         strategy,
         planned.width,
         planned.capacity,
-        planned.prompt_room,
         asked.do_sample,
         asked.use_cache,
         beams,
@@ -314,6 +315,14 @@ def _begun(asked: GenerationConfig, planned: Plan, texts: Texts, table: StopTabl
         matched=matched,
         past=texts.past,
     )
+
+
+def _whole(begun: Begun, planned: Plan) -> Any:
+    """The prompts without their padding, which an assistant is fed whatever a cache holds."""
+    ids = begun.tokens[:, : planned.prompt_length]
+    library = jnp if is_traced(ids) else np
+    room = prompt_room(planned.prompt_length)
+    return library.pad(library.maximum(ids, 0), ((0, 0), (0, room - planned.prompt_length)))
 
 
 def _prompt(config: OPTConfig, input_ids: Any, generation: GenerationConfig) -> Any:

@@ -328,6 +328,17 @@ def test_every_strategy_compiles_once_for_prompts_and_lengths_of_a_plan(
     assert not compiled
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_prompt_of_another_room_compiles_the_first_pass_alone(
+    wing: Wing, strategy: str, compiled: list[str]
+) -> None:
+    model, options = Subject(wing, vocab_size=49).model, STRATEGIES[strategy]
+    model.generate(words(1, 5), max_new_tokens=4, **options)
+    compiled.clear()
+    model.generate(words(1, 20), max_new_tokens=4, **options)
+    assert len(compiled) == 1
+
+
 def test_what_was_warmed_up_compiles_nothing_more(wing: Wing, compiled: list[str]) -> None:
     model = Subject(wing, vocab_size=47).model
     asked: dict[str, Any] = {"max_new_tokens": 9, "repetition_penalty": 1.2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,14 @@ from jax import Array
 from numpy.typing import NDArray
 
 from opt_core import arguments
+from opt_core.generation import bucket, prompt_room
 from opt_core.outputs import GenerateOutput
 from opt_flax.decoder import Cache, is_traced
 from opt_flax.generation import beams
-from opt_flax.generation.decoding import INFINITE, NAN, NOTHING, Seen, voided
-from opt_flax.generation.setup import Run
+from opt_flax.generation.decoding import INFINITE, NAN, NOTHING, Begun, Seen, prefill, voided
+from opt_flax.generation.setup import WHOLE, Run
+
+Ints = NDArray[np.integer[Any]]
 
 #: What a token that could not be chosen says, after so many tokens.
 _ERRORS: Mapping[int, Callable[[int], ValueError]] = {
@@ -31,7 +35,8 @@ class Outcome(NamedTuple):
 
     tokens: Any  # int32 [R, W]
     length: Any  # int32 []: how many columns are settled
-    cache: Cache | None  # R rows
+    #: R rows. None where some ended before others, since what they ended with was never fed.
+    cache: Cache | None
     seen: tuple[Seen, ...] = ()
     scores: Any = None  # float32 [R]: of beams
     paths: Any = None  # int32 [R, W]: the running beam that each column was chosen from, or -1
@@ -42,11 +47,14 @@ def of_rows(states: list[Any], seen: tuple[Seen, ...]) -> Outcome:
     tokens, caches = [s.tokens for s in states], [getattr(s, "decode", s).cache for s in states]
     if len(states) == 1:
         return Outcome(tokens[0], states[0].length, caches[0], seen)
+    joined, lengths = np.concatenate(tokens), [int(s.length) for s in states]
+    length = max(lengths)
+    if min(lengths) < length:
+        return Outcome(joined, length, None, seen)
     keys, values = jax.tree.map(
         lambda *rows: jnp.concatenate(rows), *((cache.keys, cache.values) for cache in caches)
     )
-    length = max(int(s.length) for s in states)
-    return Outcome(np.concatenate(tokens), length, Cache(keys, values, length - 1), seen)
+    return Outcome(joined, length, Cache(keys, values, length - 1), seen)
 
 
 def of_beams(run: Run, state: beams.State, seen: tuple[Seen, ...]) -> Outcome:
@@ -64,10 +72,18 @@ def of_beams(run: Run, state: beams.State, seen: tuple[Seen, ...]) -> Outcome:
     before[:, P] = places // k * k
     is_new = (columns >= P) & (columns < P + counts[:, None])
     paths = np.where(is_new, texts[:, None] * K + before, -1)
-    cache = None
-    if run.program.keeps_cache and run.generation.return_dict_in_generate:
-        cache = beams.gathered(state.cache, texts.astype(np.int32), slots, run.asked.first)
+    cache = gathered(run, state.cache, counts, slots)
     return Outcome(tokens, P + int(counts.max()), cache, seen, scores, paths)
+
+
+def gathered(run: Run, cache: Cache, counts: Ints, slots: Ints) -> Cache | None:
+    """The cache of sequences of so many new tokens `[R]`, each fed in its slots `[R, W]`."""
+    is_asked = run.program.keeps_cache and run.generation.return_dict_in_generate
+    if not is_asked or counts.min() < counts.max():
+        return None
+    texts = np.arange(len(slots), dtype=np.int32) // run.program.returned
+    found: Cache = beams.gathered(cache, texts, slots, run.asked.first)
+    return found
 
 
 def check(run: Run, tokens: Any) -> None:
@@ -110,12 +126,9 @@ def record(model: Any, run: Run, outcome: Outcome) -> Array | GenerateOutput:
     values: dict[str, Any] = {"sequences": result}
     if is_traced(result):
         return GenerateOutput(values)
-    P, end, widened = run.plan.prompt_length, int(outcome.length), run.texts.widened
-    if run.program.keeps_cache and outcome.cache is not None:
-        cache = outcome.cache
-        rows = len(result)
-        keys, kept = jax.tree.map(lambda x: x[:rows, :, widened:], (cache.keys, cache.values))
-        values["past_key_values"] = Cache(keys, kept, jnp.int32(end - 1 - widened))
+    P, end = run.plan.prompt_length, int(outcome.length)
+    if run.program.keeps_cache:
+        values["past_key_values"] = _cache(run, outcome, result)
     if outcome.scores is not None:
         values["sequences_scores"] = jnp.asarray(outcome.scores)
         values["beam_indices"] = jnp.asarray(outcome.paths[:, P:end])
@@ -132,20 +145,55 @@ def _texts(run: Run, outcome: Outcome) -> NDArray[Any]:
     return np.arange(len(outcome.tokens)) // (len(outcome.tokens) // run.texts.rows)
 
 
+def _shown(run: Run, outcome: Outcome, count: int) -> NDArray[np.bool_]:
+    """The real tokens of the sequences' first columns; what fills a row up may pass for them."""
+    shown = np.asarray(run.texts.shown)[: run.texts.rows, run.texts.widened :]
+    shown = shown[_texts(run, outcome)]
+    return np.pad(shown, ((0, 0), (0, count - shown.shape[1])), constant_values=True)
+
+
+def _past(run: Run, outcome: Outcome) -> Cache | None:
+    past = run.texts.past
+    return None if past is None else past.rows(_texts(run, outcome))
+
+
+def _cache(run: Run, outcome: Outcome, result: Array) -> Cache:
+    """Keys and values of all columns but the last, from one more pass where that is needed."""
+    rows, count = len(result), result.shape[1] - 1
+    if outcome.cache is None:
+        cache, widened = _fed_again(run, outcome, np.asarray(result)[:, :-1]), 0
+    else:
+        cache, widened = outcome.cache, run.texts.widened
+    keys, values = jax.tree.map(lambda x: x[:rows, :, widened:], (cache.keys, cache.values))
+    return Cache(keys, values, jnp.int32(count))
+
+
+def _fed_again(run: Run, outcome: Outcome, ids: Ints) -> Cache:
+    """The cache of one pass over the sequences `[R, T]`, as if they were a prompt."""
+    (rows, count), held = ids.shape, run.texts.held
+    # In the sizes of a prompt's first pass, so that few programs serve all lengths.
+    room = prompt_room(count - held)
+    program = replace(run.program, capacity=max(run.program.width, bucket(held + room)))
+    begun = Begun(
+        ids=np.pad(ids[:, held:], ((0, 0), (0, held + room - count))),
+        shown=np.pad(_shown(run, outcome, count), ((0, 0), (0, program.capacity - count))),
+        tokens=outcome.tokens,
+        matched=np.zeros(rows, np.int32),
+        past=_past(run, outcome),
+    )
+    state, *_ = prefill(program, run.model_params, begun, run.asked._replace(first=WHOLE(count)))
+    cache: Cache = state.cache
+    return cache
+
+
 def _passed_again(model: Any, run: Run, outcome: Outcome, result: Array) -> dict[str, Any]:
     """Hidden states and attentions of one pass over the sequences, cut into steps."""
-    asked, texts = run.generation, _texts(run, outcome)
-    ids, held = np.asarray(result), run.texts.held
-    P = run.prompt.shape[1]
-    shown = np.asarray(run.texts.shown)[: run.texts.rows, run.texts.widened :][texts]
-    mask = np.pad(shown, ((0, 0), (0, ids.shape[1] - P - 1)), constant_values=True)
-    past = run.texts.past
-    past = None if past is None else past.rows(texts)
+    asked, ids, held, P = run.generation, np.asarray(result), run.texts.held, run.prompt.shape[1]
     out = model(
         ids[:, held:-1],
-        attention_mask=mask.astype(np.int32),
+        attention_mask=_shown(run, outcome, ids.shape[1] - 1).astype(np.int32),
         params=run.model_params,
-        past_key_values=past,
+        past_key_values=_past(run, outcome),
         output_attentions=asked.output_attentions,
         output_hidden_states=asked.output_hidden_states,
         return_dict=True,

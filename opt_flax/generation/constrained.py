@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from opt_core import arguments
 from opt_core.generation import Candidate, ForcedWords, Hypothesis
 from opt_flax.generation import beams
-from opt_flax.generation.collecting import Outcome
+from opt_flax.generation.collecting import Outcome, gathered
 from opt_flax.generation.decoding import Asked, Program, Seen, prefill, written
 from opt_flax.generation.rules import Text, chain, stopped
 from opt_flax.generation.setup import Run
@@ -134,17 +133,14 @@ def _found(
     rows = len(texts) * returned
     # What does not exist is empty.
     tokens = np.full((rows, W), run.generation.fill, np.int32)
-    paths, slots = np.full((2, rows, W), -1, np.int32)
+    paths, slots = np.full((rows, W), -1, np.int32), np.zeros((rows, W), np.int32)
+    counts = np.zeros(rows, np.int32)
     scores = np.full(rows, -np.inf, np.float32)
     for place, row, one in found:
         scores[place] = one.score
-        count = len(one.tokens)
+        count = counts[place] = len(one.tokens)
         tokens[place, P : P + count] = one.tokens
         paths[place, P : P + count] = row * K + np.array(one.path)
         slots[place, P : P + count - 1] = P + np.arange(count - 1) * K + np.array(one.path[1:])
-    cache: Any = None
-    if run.program.keeps_cache and run.generation.return_dict_in_generate:
-        of_rows = (np.arange(rows) // returned).astype(np.int32)
-        cache = beams.gathered(state.cache, of_rows, np.maximum(slots, 0), run.asked.first)
-    length = P + max(len(one.tokens) for *_, one in found)
-    return Outcome(tokens, length, cache, seen, scores, paths)
+    cache = gathered(run, state.cache, counts, slots)
+    return Outcome(tokens, P + int(counts.max()), cache, seen, scores, paths)

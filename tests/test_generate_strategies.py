@@ -37,7 +37,7 @@ def assistant(wing: Wing) -> Subject:
     ("strategy", "rules"),
     [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.deep) for pair in MORE_PAIRS)],
 )
-@settings(max_examples=max(10, settings().max_examples // 2))
+@settings(max_examples=max(6, settings().max_examples // 2))
 @given(data=st.data())
 def test_tokens_are_those_of_the_reference(
     subject: Subject, assistant: Subject, strategy: str, rules: str, data: st.DataObject

@@ -1,5 +1,6 @@
 """Fixtures and settings that every test may use."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ settings.register_profile("compiled", parent=settings.get_profile("ci"), max_exa
 settings.register_profile("deep", parent=settings.get_profile("ci"), max_examples=200)
 settings.load_profile("ci")
 
+#: XLA makes less of a program in less than half the time. Tests of no wing, which compare all three
+#: and run the examples and the command, compile as users do, and so does the long version.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -36,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if chosen_wing(config) in ("tf", "flax") and not config.getoption("--hypothesis-profile"):
         settings.load_profile("compiled")
+        os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
     config.addinivalue_line("markers", "wing: needs the wing that --wing chose (set by itself)")
 
 
@@ -71,22 +80,6 @@ def wing(pytestconfig: pytest.Config) -> Wing:
     if not is_installed(name):
         pytest.fail(f"--wing {name} needs {FRAMEWORKS[name]}, which is not installed")
     return open_wing(name)
-
-
-#: What runs what JAX's compiler makes of a model by default; elsewhere it makes less of it, sooner.
-COMPILED_AS_BY_USERS = ("test_generate_strategies", "test_parity")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_soon(request: pytest.FixtureRequest) -> Iterator[None]:
-    name = request.node.path.stem
-    if chosen_wing(request.config) != "flax" or name in COMPILED_AS_BY_USERS:
-        yield
-        return
-    from tests.wings.flax_wing import quick_to_compile
-
-    with quick_to_compile():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,6 @@ def give_back() -> None:
     """
     if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
-
-
-@contextmanager
-def quick_to_compile() -> Iterator[None]:
-    """The same programs, of which XLA makes less: that takes two thirds of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 class FlaxWing(Wing):
@@ -120,10 +108,6 @@ class FlaxWing(Wing):
         if type(values) is tuple:
             return tuple(self.numpy(value) for value in values)
         return values
-
-    def generate_lightly(self, model: Any, input_ids: Any = None, **options: Any) -> Any:
-        with quick_to_compile():
-            return self.generate(model, input_ids, **options)
 
     def traced(self, *, token: int, bias: float, vocab_size: int) -> tuple[Any, Any, Any]:
         def processor(input_ids: Any, scores: Any, cur_len: Any) -> Any:

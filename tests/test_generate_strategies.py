@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_reference(
 IDS = words(ROWS, COLUMNS)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_drafts_of_any_assistant_change_no_token(
     light: Subject, assistant: Subject, sampled: bool
 ) -> None:

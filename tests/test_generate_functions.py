@@ -290,11 +290,16 @@ EVEN = np.arange(40) % 2 == 0
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [list(range(0, 40, 2)), np.arange(0, 40, 2), EVEN, EVEN.tolist()],
-    ids=["ids", "an array of ids", "an array of bools", "bools"],
+    ("answer", "beams"),
+    [
+        (list(range(0, 40, 2)), 1),
+        (list(range(0, 40, 2)), 2),
+        (np.arange(0, 40, 2), 1),
+        (EVEN, 1),
+        (EVEN.tolist(), 1),
+    ],
+    ids=["ids", "ids for beams", "an array of ids", "an array of bools", "bools"],
 )
-@pytest.mark.parametrize("beams", [1, 2])
 def test_allowed_tokens_are_ids_or_bools(subject: Subject, answer: Any, beams: int) -> None:
     asked = {**OPTIONS, "num_beams": beams}
     odd = list(range(1, 40, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ from tests.cases import random_weights, tiny, words
 from tests.wings import Wing
 
 #: The growth of anonymous memory allowed, as a part of the weights.
-ALLOWED = 1.3
+ALLOWED = 1.2
+#: Large blocks go back to the system when they are freed, so that what is held is what is seen;
+#: else glibc keeps up to 64 MB of them, a third of the weights here.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 #: Loads a folder while a thread watches; prints the peak and the end, in bytes above the start.
 WATCH = """
 import gc, sys, threading
@@ -72,6 +76,7 @@ def test_loading_peaks_below_its_share_of_the_weights(
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **GIVEN_BACK},
     )
     assert done.returncode == 0, done.stderr
     peak, end = map(int, done.stdout.split())

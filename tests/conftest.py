@@ -18,7 +18,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 # Where each example compiles programs of its own, most of the time goes there.
-settings.register_profile("compiled", parent=settings.get_profile("ci"), max_examples=8)
+settings.register_profile("compiled", parent=settings.get_profile("ci"), max_examples=6)
 settings.register_profile("deep", parent=settings.get_profile("ci"), max_examples=200)
 settings.load_profile("ci")
 

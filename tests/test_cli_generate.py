@@ -27,13 +27,13 @@ def checkpoint(tmp_path: Path) -> Path:
 
 #: Each is compiled anew by two frameworks.
 LINES = (
-    "",
     "--sample --seed 3",
     "--num-beams 4 --num-return-sequences 4",
-    "--guidance-scale 1.5 --negative-prompt hello",
     "--stop ! --bad-word he --bias a=2 --suppress-tokens 5,6",
 )
 MORE_LINES = (
+    "",
+    "--guidance-scale 1.5 --negative-prompt hello",
     "--temperature 0.7 --top-k 9 --top-p 0.9 --min-p 0.01 --seed 5",
     "--repetition-penalty 1.5",
     "--ignore-eos --seed 1",

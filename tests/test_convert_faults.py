@@ -58,7 +58,12 @@ def tidy(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("to", "size"), [("safetensors", "2KB"), ("tf", "2KB"), ("numpy", ""), ("keras", "")]
+    ("to", "size"),
+    [
+        ("safetensors", "2KB"),
+        ("keras", ""),
+        *(pytest.param(*case, marks=pytest.mark.deep) for case in (("tf", "2KB"), ("numpy", ""))),
+    ],
 )
 def test_a_kill_leaves_no_target_and_the_next_run_goes_on(
     to: str, size: str, tmp_path: Path

@@ -84,7 +84,9 @@ def sources(head: Head) -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("head", [Head.CAUSAL_LM, Head.QUESTION_ANSWERING])
+@pytest.mark.parametrize(
+    "head", [Head.CAUSAL_LM, pytest.param(Head.QUESTION_ANSWERING, marks=pytest.mark.deep)]
+)
 def test_fit_is_the_same_from_every_source_of_data_and_labels(wing: Wing, head: Head) -> None:
     right: list[float] = []
     expected: Arrays = {}

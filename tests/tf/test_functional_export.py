@@ -80,12 +80,10 @@ def test_symbolic_calls_give_a_plain_dictionary_with_shapes(wing: Wing, head: He
 
 
 def test_every_way_to_pass_symbolic_inputs_works(wing: Wing) -> None:
-    model = build(wing)
+    model = build(wing, num_hidden_layers=1)
     right = model(X).logits
-    given = inputs()
-    ids, mask = given.values()
+    ids, mask = inputs().values()
     for out in (
-        model(given),
         model(ids, attention_mask=mask),
         model(input_ids=ids, attention_mask=mask),
         model([ids, None, mask]),

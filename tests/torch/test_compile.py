@@ -51,8 +51,7 @@ def loss_inputs(wing: Wing, head: Head, model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize(("training", "mask"), [(False, None), (True, MASK)])
 def test_a_forward_pass_is_one_graph_that_serves_every_batch_of_its_shape(
     wing: Wing, head: Head, training: bool, mask: Tensor | None
 ) -> None:

@@ -102,21 +102,9 @@ class TiedHead(keras.layers.Layer):
         return tf.reshape(scores, tf.concat((tf.shape(hidden)[:-1], table.shape[:1]), axis=0))
 
 
-class Linear(keras.layers.Dense):
-    """A matrix and perhaps a bias, of which XLA computes one row on all cores."""
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        """`[..., in]` -> `[..., out]`."""
-        if not self.use_bias or any(count != 1 for count in inputs.shape[:-1]):
-            return super().call(inputs, training=training)
-        # The same number, but no sum: XLA would make the sum and the product of one row a single
-        # loop on one core, which reads weights a quarter slower.
-        return keras.ops.matmul(inputs, self.kernel) - (-self.bias)
-
-
-def linear(units: int, bias: bool, dtype: Any, name: str) -> Linear:
-    """A matrix and perhaps a bias, without values."""
-    return Linear(
+def linear(units: int, bias: bool, dtype: Any, name: str) -> keras.layers.Dense:
+    """A matrix and perhaps a bias."""
+    return keras.layers.Dense(
         units,
         use_bias=bias,
         kernel_initializer=unfilled,

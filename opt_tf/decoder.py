@@ -11,7 +11,7 @@ from tensorflow import Tensor
 
 from opt_core.config import DecoderConfig
 from opt_tf.attention import Attend, dropped
-from opt_tf.layers import PositionEmbedding, TokenEmbedding, activation, linear, norm
+from opt_tf.layers import PositionEmbedding, TokenEmbedding, activation, linear, norm, product
 
 #: The seeds that one layer needs: of its attention weights, of its two residuals, of its own drop.
 _SEEDS = 4
@@ -165,8 +165,8 @@ class SelfAttention(keras.layers.Layer):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """`[B, T, C]` -> `[B, T, C]`, the attention weights or None, and what a cache holds now."""
         # Before q·k: in float16 the unscaled product overflows.
-        q = self._split(self.q_proj(hidden) * self.head_dim**-0.5)
-        k, v = self._split(self.k_proj(hidden)), self._split(self.v_proj(hidden))
+        q = self._split(product(self.q_proj, hidden) * self.head_dim**-0.5)
+        k, v = (self._split(product(part, hidden)) for part in (self.k_proj, self.v_proj))
         pair = None
         if cache is not None:
             k, v = pair = cache.add(self.layer, k, v)  # [B, H, S, D]
@@ -178,7 +178,7 @@ class SelfAttention(keras.layers.Layer):
             weights = None if weights is None else weights * factor
         out = tf.transpose(out, (0, 2, 1, 3))  # [B, T, H, D]
         joined = tf.reshape(out, (*self._places(hidden), self.q_proj.units))
-        return self.out_proj(joined), weights, pair  # [B, T, C]
+        return product(self.out_proj, joined), weights, pair  # [B, T, C]
 
     def _split(self, x: Tensor) -> Tensor:
         heads = tf.reshape(x, (*self._places(x), x.shape[-1] // self.head_dim, self.head_dim))
@@ -231,7 +231,8 @@ class DecoderLayer(keras.layers.Layer):
         if not self.norm_first:
             hidden = self.self_attn_layer_norm(hidden)
         into = self.final_layer_norm(hidden) if self.norm_first else hidden
-        hidden = hidden + self._dropped(self.fc2(self.function(self.fc1(into))), seeds, 2)
+        wide = self.function(product(self.fc1, into))  # [B, T, F]
+        hidden = hidden + self._dropped(product(self.fc2, wide), seeds, 2)
         if not self.norm_first:
             hidden = self.final_layer_norm(hidden)
         return hidden, weights, pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -20,6 +21,7 @@ from opt_tf import (
     TFOPTForSequenceClassification,
     TFOPTModel,
 )
+from opt_tf.layers import linear, product
 from tests.cases import HEADS, Batch, labels, random_weights, tiny, words
 from tests.tolerances import assert_near
 from tests.wings import Wing
@@ -364,3 +366,22 @@ def test_a_program_may_leave_batch_and_length_open(wing: Wing) -> None:
         found, right = run(ids, mask), model(ids, attention_mask=mask, labels=ids)
         assert_near(found["logits"], right.logits)
         assert_near(found["loss"], right.loss)
+
+
+def test_one_row_is_a_product_that_runs_on_all_cores() -> None:
+    """One that XLA fuses with the sum of a bias, as in Keras's own layer, runs on one core."""
+    layer = linear(6, True, "float32", "fc")
+    layer.build((None, None, 4))
+    random = np.random.default_rng(0)
+    layer.set_weights([random.normal(size=w.shape) for w in layer.weights])
+    x = tf.constant(random.normal(size=(1, 1, 4)), tf.float32)
+    right = x.numpy() @ layer.kernel.numpy() + layer.bias.numpy()
+
+    def is_fused(call: Any) -> bool:
+        program = tf.function(lambda x: call(x), jit_compile=True)
+        np.testing.assert_allclose(program(x), right, rtol=1e-5)
+        text: str = program.experimental_get_compiler_ir(x)("optimized_hlo")
+        return "kind=kOutput" in text
+
+    assert not is_fused(partial(product, layer))
+    assert is_fused(layer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.wings import FRAMEWORKS, Wing, is_installed, open_wing
+from tests.wings import FRAMEWORKS, QUICK_TO_COMPILE, Wing, is_installed, open_wing
 
 settings.register_profile(
     "ci",
@@ -21,13 +21,6 @@ settings.register_profile(
 settings.register_profile("compiled", parent=settings.get_profile("ci"), max_examples=6)
 settings.register_profile("deep", parent=settings.get_profile("ci"), max_examples=200)
 settings.load_profile("ci")
-
-#: XLA makes less of a program in less than half the time. Tests of no wing, which compare all three
-#: and run the examples and the command, compile as users do, and so does the long version.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 
 HERE = Path(__file__).resolve().parent
 

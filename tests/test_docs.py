@@ -17,6 +17,7 @@ from opt_core.generation import GenerationConfig
 from tests.tables import ROOT, pages, renewed
 from tests.test_cli import CONFIG, weights
 from tests.tiny_tokenizer import tiny
+from tests.wings import QUICK_TO_COMPILE
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -46,7 +47,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_python_block_of_a_page_runs(name: str, workplace: Path) -> None:
+def test_every_python_block_of_a_page_runs(
+    name: str, workplace: Path, pytestconfig: pytest.Config
+) -> None:
     code = blocks(PAGES[name], "python")
     for wing, framework in {
         "opt_torch": "torch",
@@ -59,6 +62,8 @@ def test_every_python_block_of_a_page_runs(name: str, workplace: Path) -> None:
     script = workplace / "page.py"
     script.write_text(_script(code), encoding="utf-8")
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+    if not pytestconfig.getoption("--hypothesis-profile"):
+        environment["XLA_FLAGS"] = QUICK_TO_COMPILE
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,

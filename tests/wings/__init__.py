@@ -17,6 +17,14 @@ from tests.cases import Arrays
 #: The package of the framework that each wing needs.
 FRAMEWORKS: Mapping[str, str] = {"torch": "torch", "tf": "tensorflow", "flax": "flax"}
 
+#: XLA makes less of a program in less than half the time: for the tests of a wing and for the
+#: examples of the pages. Tests that compare the wings or run the command compile as users do, and
+#: so does the long version.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+
 #: Arrays among the arguments of `generate`, besides the prompt.
 _ARRAYS = {"attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
 

@@ -144,7 +144,8 @@ class _Assistant:
 
     def __init__(self, run: Run) -> None:
         model, N = run.assistant, run.plan.max_new_tokens
-        self.run = run._replace(model=evaluating(model), past=None, packed=packed(model, N))
+        form = packed(model, N, one_row=len(run.prompt.fed) == 1)
+        self.run = run._replace(model=evaluating(model), past=None, packed=form)
         self.cache = Cache(model.config.num_hidden_layers, capacity=run.plan.capacity)
 
     def __call__(self, state: State, most: int) -> list[int]:

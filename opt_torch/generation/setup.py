@@ -90,6 +90,7 @@ def settle(model: Any, call: Call, options: Mapping[str, Any]) -> Run:
     drafts = call.drafts(merged) if strategy is Strategy.ASSISTED else 0
     planned = _plan(merged, model.config, start, ids.shape[1], drafts)
     start = start.repeated(copies)
+    one_row = strategy in (Strategy.GREEDY, Strategy.SAMPLING) and len(start.fed) == 1
     return Run(
         still,
         merged,
@@ -100,7 +101,7 @@ def settle(model: Any, call: Call, options: Mapping[str, Any]) -> Run:
         _uniforms(merged, planned, start, model),
         _stops(merged, start, call, V),
         past if past is None or copies == 1 else repeated_cache(past, copies),
-        packed(model, planned.max_new_tokens) if merged.use_cache else None,
+        packed(model, planned.max_new_tokens, one_row) if merged.use_cache else None,
         assistant=call.assistant_model,
     )
 

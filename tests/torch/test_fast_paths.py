@@ -51,8 +51,13 @@ def layer_of(model: OPTForCausalLM, place: int) -> DecoderLayer:
 
 def tokens(model: OPTForCausalLM, **options: Any) -> torch.Tensor:
     result = model.generate(
-        PROMPT,
-        **{"attention_mask": MASK, "max_new_tokens": 40, "eos_token_id": None, **options},
+        **{
+            "input_ids": PROMPT,
+            "attention_mask": MASK,
+            "max_new_tokens": 40,
+            "eos_token_id": None,
+            **options,
+        },
     )
     assert isinstance(result, torch.Tensor)
     return result
@@ -83,6 +88,29 @@ def test_packed_weights_give_the_tokens_of_the_modules(shape: str) -> None:
     model = build(**SHAPES[shape])
     assert is_packed(model)
     assert torch.equal(tokens(model), plain_tokens(model))
+
+
+@needs_operators
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_row_has_a_form_of_its_own(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "default_is_slow", lambda: False)
+    model = build(**SHAPES[shape])
+    for row in ({"input_ids": PROMPT[:1], "attention_mask": MASK[:1]}, {"input_ids": PROMPT[1:2]}):
+        for options in ({}, {"do_sample": True, "seed": 1}):
+            given = {"attention_mask": None, **row, **options}
+            assert torch.equal(tokens(model, **given), plain_tokens(model, **given))
+    assert list(packed._PACKED[model][1]) == [packed.Turned]
+    assert is_turned(model, one_row=True)
+    assert not is_turned(model, one_row=False)
+    assert not is_turned(model.bfloat16(), one_row=True)
+
+
+def is_turned(model: OPTForCausalLM, one_row: bool) -> bool:
+    """Whether matrices lie `[in, out]`; asked twice, they are the same ones."""
+    with torch.no_grad():
+        form, again = (packed.packed(model, packed.WORTH_PACKING, one_row) for _ in range(2))
+    assert form is again
+    return form is not None and isinstance(form.head, packed.Turned)
 
 
 @needs_operators

@@ -1,7 +1,7 @@
-"""The decoder as generation on a CPU runs it: weights repacked for oneDNN, few small operators.
+"""The decoder as generation on a CPU runs it: weights in another layout, few small operators.
 
-It computes what the modules compute. The packed copy takes as much memory again as the weights, so
-it is made only where it pays, and made again when a weight has changed.
+It computes what the modules compute. The copy takes as much memory again as the weights, so it is
+made only where it pays, and made again when a weight has changed.
 """
 
 from __future__ import annotations
@@ -169,9 +169,9 @@ class PackedDecoder:
 
 
 def packed(model: Any, tokens: int, one_row: bool = False) -> PackedDecoder | None:
-    """The packed form of a model with `model.decoder` and `lm_head`, where it applies and pays.
+    """The fast form of a model with `model.decoder` and `lm_head`, where it applies and pays.
 
-    `one_row` says that a step feeds no more than one.
+    `one_row` says that a step feeds no more than one row.
     """
     decoder, head = model.model.decoder, model.lm_head
     if tokens < WORTH_PACKING or not _applies(model, decoder, head):

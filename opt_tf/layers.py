@@ -129,6 +129,8 @@ def _is_plain(layer: keras.layers.Dense) -> bool:
     return (
         type(layer) is keras.layers.Dense
         and layer.use_bias
+        and layer.activation is keras.activations.linear
+        and layer.activity_regularizer is None
         and layer.quantization_mode is None
         and not layer.lora_enabled
         and "call" not in vars(layer)
